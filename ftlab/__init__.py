@@ -1,0 +1,3 @@
+"""ftlab: a fine-tuning laboratory in plain PyTorch."""
+
+__version__ = "0.1.0"
