@@ -1,0 +1,112 @@
+"""Files and folders that are either whole or absent, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["atomic_directory", "atomic_write", "sha256_bytes", "sha256_file"]
+
+READ_BYTES = 1 << 20
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def default_mode() -> int:
+    """Permission bits that a plain `open` would give a new file under the present umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def atomic_write(path: str | Path, data: str | bytes) -> None:
+    """Write a whole file: a reader sees the old content or the new, never a part, also after a power cut.
+
+    Text is written as UTF-8 with its newlines unchanged. The parent folder must exist. An existing file keeps its
+    permission bits. On any error the old file is untouched and no temporary file is left.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    try:
+        mode = stat.S_IMODE(target.stat().st_mode)
+    except FileNotFoundError:
+        mode = default_mode()
+    try:
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(target.parent)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flush every file and folder under `directory`, itself included."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            file = Path(folder) / name
+            if not file.is_symlink():
+                fsync_path(file)
+        fsync_path(Path(folder))
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Give a temporary sibling folder that becomes `path` when the block ends well and vanishes when it does not.
+
+    Files and folders are flushed before the rename. A folder already at `path` is moved aside (`.name.old-<pid>`),
+    replaced, then deleted; if the replacement fails it is moved back. The parent folder must exist.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    for leftover in (temporary, old):  # of a killed process that had the same id
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                old.rename(target)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """The sha256 of `data`, as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """The sha256 of a file, as 64 hexadecimal digits; reads one mebibyte at a time."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
