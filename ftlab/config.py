@@ -6,6 +6,8 @@ files under conf/ name these classes in their defaults lists and hold nothing bu
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +39,8 @@ __all__ = [
     "TrackingConfig",
     "TrainingConfig",
     "WSDConfig",
+    "from_plain",
+    "option_classes",
 ]
 
 REQUIRED = "???"  # OmegaConf's mark of a value that the user must give
@@ -352,3 +356,35 @@ class Config:
     evaluation: EvaluationConfig = option(EvaluationConfig, "group")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "when to save, what to keep")
     training: TrainingConfig = option(TrainingConfig, "how long, and how")
+
+
+# --- from typed to plain and back ----------------------------------------------------------------------------------
+
+
+def option_classes(config: Config) -> dict[str, str]:
+    """The class chosen in each group, by name: what a plain dictionary of the values does not tell."""
+    return {
+        f.name: type(v).__name__
+        for f in dataclasses.fields(config)
+        if dataclasses.is_dataclass(v := getattr(config, f.name))
+    }
+
+
+def from_plain(values: dict[str, Any], classes: dict[str, str]) -> Config:
+    """The typed configuration that ``dataclasses.asdict`` and `option_classes` were taken of.
+
+    Raises:
+        KeyError: a class or a field that this version does not have.
+    """
+
+    def build(cls: type[Any], plain: dict[str, Any]) -> Any:
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(plain.keys() - known):
+            raise KeyError(f"{cls.__name__} has no {unknown[0]}")
+        nested = {key: hints[key] for key in plain if dataclasses.is_dataclass(hints[key])}
+        chosen = {key: globals()[classes.get(key, hint.__name__)] for key, hint in nested.items()}
+        return cls(**{key: build(chosen[key], value) if key in chosen else value for key, value in plain.items()})
+
+    config: Config = build(Config, values)
+    return config

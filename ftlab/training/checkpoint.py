@@ -1,0 +1,143 @@
+"""Checkpoints on disk: whole or not there at all.
+
+A checkpoint is a folder `step-00000100` with `state.pt` and `manifest.json` (step, sha256 of each file). It is written
+under a temporary name, fsynced and renamed, so a kill at any instant leaves the previous ones untouched. The best
+validated weights stand in `best-00000100`, weights only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ftlab.errors import FtlabError
+from ftlab.files import atomic_directory, sha256_file
+
+__all__ = ["Checkpoints", "read_checkpoint"]
+
+_STEP = re.compile(r"step-(\d{8})")
+_BEST = re.compile(r"best-(\d{8})")
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state saved in `folder`, checked against its manifest. Only tensors and plain types are read.
+
+    Raises:
+        FtlabError: the checkpoint is damaged or incomplete; the message says how.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        for name, expected in manifest["files"].items():
+            if Path(name).name != name:
+                raise FtlabError(f"{folder}/manifest.json names {name!r}, which is outside the checkpoint")
+            if sha256_file(folder / name) != expected:
+                raise FtlabError(f"{folder / name} is damaged: its sha256 is not the one in manifest.json")
+        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except FtlabError:
+        raise
+    except Exception as error:
+        raise FtlabError(f"{folder} is not a complete checkpoint: {type(error).__name__}: {error}") from None
+    return state
+
+
+class Checkpoints:
+    """The checkpoints of one run. Only the main rank calls `save`, `save_best` and `prune`."""
+
+    def __init__(self, directory: Path, keep_last: int, tell: Callable[[str], None]) -> None:
+        self.directory = directory
+        self.keep_last = keep_last
+        self._tell = tell
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(".*.tmp-*"):  # a save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, newest first."""
+        found = [_STEP.fullmatch(entry.name) for entry in self.directory.iterdir()]
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of `step` stands."""
+        return self.directory / f"step-{step:08d}"
+
+    def best_folder(self, step: int) -> Path:
+        """Where the best weights, if they are those of `step`, stand."""
+        return self.directory / f"best-{step:08d}"
+
+    def save(self, state: dict[str, Any]) -> bool:
+        """Write one checkpoint and drop the ones no longer kept. False, with a line told, if the disk refused."""
+        step = int(state["counters"]["step"])
+        if self.folder(step).exists():
+            shutil.rmtree(self.folder(step))
+        try:
+            with atomic_directory(self.folder(step)) as temporary:
+                torch.save(state, temporary / "state.pt")
+                manifest = {
+                    "step": step,
+                    "best_step": int(state["counters"]["best_step"]),
+                    "files": {"state.pt": sha256_file(temporary / "state.pt")},
+                }
+                (temporary / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            self._tell(f"checkpoint of step {step} could not be written ({error}); the previous ones are untouched")
+            return False
+        self.prune(int(state["counters"]["best_step"]))
+        return True
+
+    def save_best(self, step: int, weights: dict[str, torch.Tensor]) -> bool:
+        """Write the weights of the best validation so far. False, with a line told, if the disk refused.
+
+        Raises:
+            FtlabError: a weight is not finite; such weights are never the best.
+        """
+        broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise FtlabError(f"weights that are not finite cannot be the best: {broken[:3]}")
+        if self.best_folder(step).exists():
+            shutil.rmtree(self.best_folder(step))
+        try:
+            with atomic_directory(self.best_folder(step)) as temporary:
+                save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, temporary / "w.safetensors")
+        except Exception as error:
+            self._tell(f"best weights of step {step} could not be written ({error})")
+            return False
+        return True
+
+    def load_best(self, step: int) -> dict[str, torch.Tensor]:
+        """The weights written by `save_best`."""
+        return load_file(self.best_folder(step) / "w.safetensors")
+
+    def prune(self, best_step: int) -> None:
+        """Delete all but the newest `keep_last` checkpoints, and best weights that no kept checkpoint refers to."""
+        for step in self.steps()[self.keep_last :]:
+            shutil.rmtree(self.folder(step), ignore_errors=True)
+        for entry in self.directory.iterdir():
+            match = _BEST.fullmatch(entry.name)
+            if match and int(match[1]) not in {best_step, *self._best_steps_of_kept()}:
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def _best_steps_of_kept(self) -> set[int]:
+        """Older checkpoints may be resumed from if the newest is damaged; what they call best must stay."""
+        kept = set()
+        for step in self.steps():
+            try:
+                kept.add(int(json.loads((self.folder(step) / "manifest.json").read_text())["best_step"]))
+            except (OSError, KeyError, ValueError):
+                continue
+        return kept
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest state that can be read; damaged ones are passed over, with a line told for each."""
+        for step in self.steps():
+            try:
+                return read_checkpoint(self.folder(step))
+            except FtlabError as error:
+                self._tell(f"{error}; going back to the checkpoint before it")
+        return None

@@ -1,0 +1,298 @@
+"""The training loop: the only one.
+
+`fit` turns over steps; `train_step` is one optimizer step and takes everything it needs as an argument. Full fine-tuning,
+LoRA and every regularizer run through here unchanged: they differ by the objects handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ftlab.config import CheckpointConfig
+from ftlab.data.loader import Batch, RowLoader, split_rows
+from ftlab.errors import DivergenceError, FtlabError
+from ftlab.losses.penalties import Penalty
+from ftlab.optim.adamw import set_lr
+from ftlab.training.checkpoint import Checkpoints
+from ftlab.training.parallel import Ranks, Replica
+from ftlab.training.precision import Precision
+from ftlab.training.progress import Progress
+from ftlab.training.record import peak_device_bytes, peak_rss_bytes
+from ftlab.training.signals import Interrupted, StopSignal
+from ftlab.training.state import TrainState, capture_rng
+from ftlab.training.tracking import Tracker
+
+__all__ = ["Fit", "Limits", "StepResult", "fit", "save_state", "train_step", "validation_steps"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured, over all ranks."""
+
+    nats: float  # summed loss of the supervised tokens, without penalties
+    supervised: int
+    tokens: int
+    grad_norm: float  # before clipping
+    penalties: dict[str, float]
+    applied: bool  # False: a gradient was not finite and the weights did not move
+
+
+def train_step(
+    replica: Replica,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    *,
+    precision: Precision,
+    penalties: Sequence[Penalty] = (),
+    max_grad_norm: float | None = None,
+) -> StepResult:
+    """One optimizer step over `micro_batches` (this rank's part of the global batch; at least one, perhaps unsupervised).
+
+    The loss is the sum over all micro-batches and ranks divided once by their supervised tokens, counted before the
+    first backward, so the gradient does not depend on how the batch was split. DistributedDataParallel averages over
+    ranks; the factor `world` undoes that. Penalties join the last micro-batch, equal on every rank.
+    """
+    ranks = replica.ranks
+    local = [float(sum(b.num_supervised for b in micro_batches)), float(sum(b.num_tokens for b in micro_batches))]
+    supervised, tokens = (int(total) for total in ranks.sums(local))
+    if supervised == 0:
+        raise FtlabError("a global batch without a single supervised token; the loader must not yield one")
+
+    optimizer.zero_grad(set_to_none=True)
+    nats = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    values: dict[str, float] = {}
+    for number, batch in enumerate(micro_batches):
+        last = number == len(micro_batches) - 1
+        with replica.sync(last):
+            with precision.autocast():
+                loss_sum = replica(batch.to(ranks.device))
+            nats += loss_sum.detach().double()
+            loss = loss_sum * (ranks.world / supervised)
+            if last:
+                for penalty in penalties:
+                    value = penalty.value(replica.model)
+                    values[penalty.name] = float(value.detach())
+                    loss = loss + value
+            precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    grad_norm = float(precision.norm(optimizer, max_grad_norm))
+    total_nats = float(ranks.sum(nats))
+    applied = bool(torch.isfinite(torch.tensor([grad_norm, total_nats])).all())
+    if applied or precision.scaler.is_enabled():
+        precision.scaler.step(optimizer)  # with fp16 the scaler itself leaves a non-finite step out
+        precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total_nats, supervised, tokens, grad_norm, values, applied)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When things happen, in optimizer steps."""
+
+    total_steps: int
+    validate_at: frozenset[int]
+    log_every: int
+    max_bad_steps: int
+    max_grad_norm: float | None
+
+
+def validation_steps(total_steps: int, every_steps: int | None, times: int) -> frozenset[int]:
+    """After which steps to validate: every so many, or `times` spread evenly; the last step is always among them."""
+    if every_steps is not None:
+        return frozenset([*range(every_steps, total_steps, every_steps), total_steps])
+    return frozenset(round(total_steps * (i + 1) / times) for i in range(times)) - {0}
+
+
+@dataclass
+class Fit:
+    """What the loop works with besides the state."""
+
+    replica: Replica
+    loader: RowLoader
+    schedule: Callable[[int], float]
+    penalties: Sequence[Penalty]
+    limits: Limits
+    checkpoint: CheckpointConfig
+    checkpoints: Checkpoints
+    tracker: Tracker
+    progress: Progress
+    stop: StopSignal
+    validate: Callable[[int], Mapping[str, float]]
+    micro_batch_size: int
+    on_step: Callable[[int, StepResult, tuple[str, ...]], None] | None = None
+    last_save: float = field(default_factory=time.monotonic)
+    log_time: float = field(default_factory=time.monotonic)
+
+
+def fit(state: TrainState, run: Fit) -> None:
+    """Train from where `state` stands to the last step, or until patience is spent.
+
+    Raises:
+        Interrupted: a signal asked for it; the state was saved first.
+        DivergenceError: too many steps in a row with a non-finite gradient; the state was saved first.
+    """
+    ranks = run.replica.ranks
+    _validate_if_due(state, run)
+    for step in range(state.counters.step, run.limits.total_steps):
+        if _out_of_patience(state, run):
+            break
+        _save_or_stop(state, run)
+        micro_batches, ids = _next_batches(state, run, ranks)
+        set_lr(state.optimizer, run.schedule(state.counters.updates))
+        result = train_step(
+            run.replica,
+            state.optimizer,
+            micro_batches,
+            precision=state.precision,
+            penalties=run.penalties,
+            max_grad_norm=run.limits.max_grad_norm,
+        )
+        _count(state, result, ids)
+        if run.on_step is not None:
+            run.on_step(step, result, ids)
+        _log(state, run, result)
+        _check_divergence(state, run)
+        _validate_if_due(state, run)
+        every = run.checkpoint.every_steps
+        if every is not None and state.counters.step % every == 0:
+            save_state(state, run)
+    save_state(state, run)
+
+
+def _next_batches(state: TrainState, run: Fit, ranks: Ranks) -> tuple[list[Batch], tuple[str, ...]]:
+    """This rank's micro-batches of the next global batch, the ids of all its examples, and the cursor moved on."""
+    counters = state.counters
+    rows = run.loader.global_batch(counters.epoch, counters.index)
+    counters.index += 1
+    if counters.index >= run.loader.steps_in_epoch(counters.epoch):
+        counters.epoch, counters.index = counters.epoch + 1, 0
+    ids = tuple(run.loader.examples[i].id for row in rows for i in row)
+    mine = split_rows(rows, ranks.rank, ranks.world, run.micro_batch_size)
+    if mine:
+        return [run.loader.collate(part) for part in mine], ids
+    # With fewer rows than ranks, the others must still take part in the gradient exchange, with nothing to say.
+    return [unsupervised(run.loader.collate(rows[:1]))], ids
+
+
+def unsupervised(batch: Batch) -> Batch:
+    """The same tokens with nothing supervised: a loss of exactly zero that reaches every parameter."""
+    return replace(batch, labels=torch.full_like(batch.labels, -100), num_supervised=0, num_tokens=0)
+
+
+def _count(state: TrainState, result: StepResult, ids: tuple[str, ...]) -> None:
+    counters = state.counters
+    counters.step += 1
+    counters.consume(ids)
+    counters.tokens += result.tokens
+    counters.supervised += result.supervised
+    counters.window_tokens += result.tokens
+    if result.applied:
+        counters.bad_in_a_row = 0
+        counters.window_nats += result.nats
+        counters.window_supervised += result.supervised
+    else:
+        counters.skipped += 1
+        counters.bad_in_a_row += 1
+
+
+def _log(state: TrainState, run: Fit, result: StepResult) -> None:
+    counters, limits = state.counters, run.limits
+    if counters.step % limits.log_every and counters.step != limits.total_steps:
+        return
+    now = time.monotonic()
+    device = run.replica.ranks.device
+    values: dict[str, Any] = {
+        "loss": counters.window_nats / counters.window_supervised if counters.window_supervised else float("nan"),
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "grad_norm": result.grad_norm,
+        **{f"penalty/{name}": value for name, value in result.penalties.items()},
+        "tokens": counters.tokens,
+        "supervised_tokens": counters.supervised,
+        "epoch": counters.epoch + counters.index / run.loader.steps_in_epoch(counters.epoch),
+        "skipped_steps": counters.skipped,
+        "tokens_per_second": counters.window_tokens / max(now - run.log_time, 1e-9),
+        "memory_bytes": peak_device_bytes(device) or peak_rss_bytes(),
+    }
+    if state.precision.scaler.is_enabled():
+        values["loss_scale"] = state.precision.scaler.get_scale()
+    run.tracker.log(counters.step, "train", {**values, "data_digest": counters.data_digest})
+    run.progress.update(counters.step, values)
+    counters.window_nats, counters.window_supervised, counters.window_tokens = 0.0, 0, 0
+    run.log_time = now
+
+
+def _check_divergence(state: TrainState, run: Fit) -> None:
+    counters, scaler = state.counters, state.precision.scaler
+    if counters.bad_in_a_row == 0:
+        return
+    run.progress.message(f"step {counters.step}: a gradient was not finite; the weights did not move")
+    settling = scaler.is_enabled() and scaler.get_scale() > 1  # fp16 finds its loss scale by overflowing
+    if counters.bad_in_a_row >= run.limits.max_bad_steps and not settling:
+        save_state(state, run)
+        raise DivergenceError(
+            f"{counters.bad_in_a_row} steps in a row had a non-finite gradient, up to step {counters.step}; lower "
+            "optimizer.lr, set optimizer.max_grad_norm, or look at the data of those steps"
+        )
+
+
+def _validate_if_due(state: TrainState, run: Fit) -> None:
+    """Validate after this step if that is due and not done yet, and keep the weights if they are the best so far."""
+    counters = state.counters
+    if counters.step not in run.limits.validate_at or counters.validated_step >= counters.step:
+        return
+    values = run.validate(counters.step)
+    counters.validated_step = counters.step
+    metric = run.checkpoint.metric
+    if metric not in values:
+        raise FtlabError(f"checkpoint.metric={metric} is not among what validation measured: {', '.join(values)}")
+    value = float(values[metric])
+    falls = run.checkpoint.mode == "min" or (run.checkpoint.mode == "auto" and metric in ("loss", "perplexity"))
+    best = counters.best_value
+    if value == value and (best is None or (value < best if falls else value > best)):
+        counters.best_step, counters.best_value, counters.worse_in_a_row = counters.step, value, 0
+        if run.replica.ranks.is_main:
+            run.checkpoints.save_best(counters.step, state.trainable())
+        save_state(state, run)
+    else:
+        counters.worse_in_a_row += 1
+    run.log_time = time.monotonic()
+
+
+def _out_of_patience(state: TrainState, run: Fit) -> bool:
+    patience = run.checkpoint.patience
+    if patience is None or state.counters.worse_in_a_row < patience:
+        return False
+    run.progress.message(
+        f"stopped after step {state.counters.step}: {patience} validations in a row without a better "
+        f"{run.checkpoint.metric} than {state.counters.best_value} at step {state.counters.best_step}"
+    )
+    return True
+
+
+def _save_or_stop(state: TrainState, run: Fit) -> None:
+    """Save when the minutes are up; save and stop when any rank received a signal."""
+    minutes = run.checkpoint.every_minutes
+    due = minutes is not None and time.monotonic() - run.last_save >= minutes * 60
+    ranks = run.replica.ranks
+    signal_sum, due_sum = ranks.sums([float(run.stop.received or 0), float(due and ranks.is_main)])
+    if signal_sum:
+        save_state(state, run)
+        raise Interrupted(run.stop.received or int(max(ranks.gather(run.stop.received or 0))))
+    if due_sum:
+        save_state(state, run)
+
+
+def save_state(state: TrainState, run: Fit) -> bool:
+    """Write a checkpoint of this step from the main rank; every rank takes part. False if the disk refused."""
+    ranks = run.replica.ranks
+    rng = ranks.gather(capture_rng())
+    saved = True
+    if ranks.is_main:
+        run.tracker.sync()
+        saved = run.checkpoints.save(state.state_dict(rng))
+    run.last_save = time.monotonic()
+    return saved

@@ -1,0 +1,70 @@
+"""Dtypes of a run: what is computed in which, what is stored in which, and the loss scaling of fp16.
+
+What trains is stored in fp32 always, so that a small update is never rounded away; what is frozen is stored in
+`frozen`; matrix products run in `compute` under autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ftlab.config import PrecisionConfig
+from ftlab.errors import ConfigError
+
+__all__ = ["Precision", "dtype_of"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of fp32, bf16 or fp16."""
+    return _DTYPES[name]
+
+
+class Precision:
+    """Autocast, storage dtypes and the gradient scaler (enabled for fp16 alone)."""
+
+    def __init__(self, config: PrecisionConfig, device: torch.device, *, allow_cpu_fp16: bool = False) -> None:
+        if config.compute == "fp16" and device.type == "cpu" and not allow_cpu_fp16:
+            raise ConfigError(
+                "precision.compute=fp16 on a CPU: its half-precision products are up to a hundred times slower than "
+                "bf16's; use precision=bf16 or precision=fp32"
+            )
+        self.compute = dtype_of(config.compute)
+        self.frozen = dtype_of(config.frozen)
+        self.device = device
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=config.init_scale, enabled=self.compute == torch.float16
+        )
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of every forward pass; nothing at all in fp32."""
+        if self.compute == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+    def store(self, model: nn.Module) -> None:
+        """Bring what trains to fp32 and what is frozen to the frozen dtype, in place."""
+        for parameter in model.parameters():
+            wanted = torch.float32 if parameter.requires_grad else self.frozen
+            if parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted)
+
+    def norm(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+        """Unscale the gradients, clip them to the global `max_norm`, and return the norm before clipping."""
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return clip_gradients(parameters, max_norm)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Global L2 norm of the gradients; they are scaled down to `max_norm` where it is exceeded."""
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,152 @@
+"""TrainState: everything that must survive a restart, in one object.
+
+The order in which weights are settled at start: pretrained (or random) weights, then the method's own initialisation,
+then the checkpoint of an interrupted run, which overrides both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ftlab.errors import FtlabError
+from ftlab.training.precision import Precision
+
+__all__ = ["Counters", "TrainState", "capture_rng", "restore_rng"]
+
+
+@dataclass
+class Counters:
+    """The plain numbers of a run. Nothing here is a float that depends on the clock."""
+
+    step: int = 0  # batches consumed
+    skipped: int = 0  # of those, without an update because a gradient was not finite
+    bad_in_a_row: int = 0
+    epoch: int = 0  # the cursor: the next batch is number `index` of epoch `epoch`
+    index: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    window_nats: float = 0.0  # summed since the last logged line
+    window_supervised: int = 0
+    window_tokens: int = 0
+    validated_step: int = -1
+    best_step: int = -1
+    best_value: float | None = None
+    worse_in_a_row: int = 0
+    data_digest: str = ""  # a hash chained over the ids of all examples consumed, in order
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken: where the schedule stands."""
+        return self.step - self.skipped
+
+    def consume(self, example_ids: Iterable[str]) -> None:
+        """Chain the ids of one global batch into the digest."""
+        digest = hashlib.sha256(self.data_digest.encode())
+        for example_id in example_ids:
+            digest.update(example_id.encode() + b"\0")
+        self.data_digest = digest.hexdigest()[:16]
+
+
+def capture_rng() -> dict[str, Any]:
+    """The state of every generator of this process, in types that ``torch.load(weights_only=True)`` reads."""
+    version, internal, gauss = random.getstate()
+    name, keys, pos, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(pos), int(has_gauss), cached],
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put every generator of this process back to a captured state."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, scaler, counters, generators and the identity of the penalties' anchors."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    config_hash: str
+    penalty_fingerprints: dict[str, str] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+
+    def trainable(self) -> dict[str, torch.Tensor]:
+        """The tensors that train, by name, detached and sharing memory with the model."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def state_dict(self, rng_by_rank: list[dict[str, Any]]) -> dict[str, Any]:
+        """All of it as plain containers of tensors, numbers and strings."""
+        return {
+            "format": 1,
+            "config_hash": self.config_hash,
+            "world": len(rng_by_rank),
+            "counters": asdict(self.counters),
+            "weights": self.trainable(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "rng": rng_by_rank,
+            "penalties": self.penalty_fingerprints,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], rank: int, world: int) -> list[str]:
+        """Take over a saved state. Returns lines worth telling the user.
+
+        Raises:
+            FtlabError: the state belongs to another configuration, or its tensors do not fit.
+        """
+        if saved["config_hash"] != self.config_hash:
+            raise FtlabError(
+                f"the checkpoint was made by another configuration ({saved['config_hash']}, this one is "
+                f"{self.config_hash}); give the same settings, or start anew with resume=never"
+            )
+        if saved["penalties"] != self.penalty_fingerprints:
+            raise FtlabError(
+                "the pretrained weights that the penalty is anchored to differ from those of the interrupted run "
+                f"({saved['penalties']} then, {self.penalty_fingerprints} now); restore that model file"
+            )
+        self.load_weights(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:
+            self.precision.scaler.load_state_dict(saved["scaler"])
+        self.counters = Counters(**saved["counters"])
+        if world == saved["world"]:
+            restore_rng(saved["rng"][rank])
+            return []
+        torch.manual_seed(torch.initial_seed() + self.counters.step * world + rank)
+        return [
+            f"resumed with {world} rank(s) a run that had {saved['world']}: the data go on in the same order, but "
+            "dropout masks cannot be the same"
+        ]
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copy saved trainable tensors into the model; names and shapes must match exactly."""
+        own = self.trainable()
+        missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        misshapen = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
+        if missing or unexpected or misshapen:
+            raise FtlabError(
+                f"the saved weights do not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+                f"of another shape {misshapen[:3]} (first three of each); start anew with resume=never"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(weights[name])
