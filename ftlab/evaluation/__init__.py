@@ -1,0 +1,1 @@
+"""Loss, greedy generation, metrics and their intervals."""
