@@ -1,7 +1,7 @@
 """The training loop: the only one.
 
-`fit` turns over steps; `train_step` is one optimizer step and takes everything it needs as an argument. Full fine-tuning,
-LoRA and every regularizer run through here unchanged: they differ by the objects handed in.
+`fit` turns over steps; `train_step` is one optimizer step and takes everything it needs as an argument. Full
+fine-tuning, LoRA and every regularizer run through here unchanged: they differ by the objects handed in.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def train_step(
     penalties: Sequence[Penalty] = (),
     max_grad_norm: float | None = None,
 ) -> StepResult:
-    """One optimizer step over `micro_batches` (this rank's part of the global batch; at least one, perhaps unsupervised).
+    """One optimizer step over `micro_batches`: this rank's part of the global batch, at least one.
 
     The loss is the sum over all micro-batches and ranks divided once by their supervised tokens, counted before the
     first backward, so the gradient does not depend on how the batch was split. DistributedDataParallel averages over

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,8 @@ __all__ = ["LossSum", "Ranks", "Replica", "start_ranks"]
 class LossSum(Protocol):
     """The objective: the loss of a batch summed over its supervised positions, an fp32 scalar."""
 
-    def __call__(self, model: nn.Module, batch: Batch, /) -> Tensor: ...
+    def __call__(self, model: nn.Module, batch: Batch, /) -> Tensor:
+        """The sum, with its graph."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -132,6 +133,7 @@ class _Objective(nn.Module):
         self._loss_sum = loss_sum
 
     def forward(self, batch: Batch) -> Tensor:
+        """Summed loss of one batch."""
         return self._loss_sum(self.model, batch)
 
 

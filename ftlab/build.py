@@ -1,0 +1,175 @@
+"""From the typed configuration to objects: the second of the three hops."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftlab.assets import describe, resolve
+from ftlab.config import Config, PretrainedConfig, RandomConfig
+from ftlab.data.loader import Batch, RowLoader
+from ftlab.data.records import Record, SourceInfo, Splits, load_records
+from ftlab.data.templates import ChatTemplate
+from ftlab.data.tokenization import Example, encode_all
+from ftlab.errors import ConfigError, FtlabError
+from ftlab.losses.cross_entropy import supervised_cross_entropy
+from ftlab.losses.penalties import Penalty, build_penalties
+from ftlab.methods import Method
+from ftlab.methods.trainable import ParameterRow
+from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
+from ftlab.models.loading import load_model, random_llama
+from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from ftlab.optim.adamw import build_optimizer
+from ftlab.training.parallel import Ranks
+from ftlab.training.precision import Precision
+from ftlab.training.state import TrainState
+
+__all__ = [
+    "Built",
+    "DataSet",
+    "base_location",
+    "build_data",
+    "build_loader",
+    "build_model",
+    "build_tokenizer",
+    "build_training",
+    "export_folder",
+    "loss_sum_of",
+    "model_facts",
+    "total_steps",
+]
+
+
+@dataclass
+class DataSet:
+    """Everything made from the data group: records, their tokens, and how they are laid out."""
+
+    source: SourceInfo
+    splits: Splits
+    template: ChatTemplate
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+@dataclass
+class Built:
+    """The objects of a training run."""
+
+    model: LlamaForCausalLM
+    method: Method
+    rows: list[ParameterRow]
+    precision: Precision
+    penalties: list[Penalty]
+    state: TrainState
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of model.tokenizer (`bytes`: one token a byte), or the one that comes with the weights."""
+    wanted = config.model.tokenizer
+    if wanted == "bytes":
+        return byte_tokenizer()
+    if wanted is not None:
+        return load_tokenizer(resolve(wanted))
+    if isinstance(config.model, PretrainedConfig):
+        return load_tokenizer(resolve(config.model.location))
+    raise ConfigError("model.tokenizer is null, but this model brings none; give a location, or model.tokenizer=bytes")
+
+
+def build_model(config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The untouched base model, with its weights stored in `dtype`."""
+    if isinstance(config.model, PretrainedConfig):
+        return load_model(resolve(config.model.location), dtype=dtype, device=ranks.device)
+    if not isinstance(config.model, RandomConfig):
+        raise ConfigError("model: choose an option, for example model=smollm2_135m")
+    sizes = config.model
+    llama = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        head_dim=sizes.hidden_size // sizes.num_heads,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    return random_llama(llama, seed=sizes.init_seed).to(device=ranks.device, dtype=dtype)
+
+
+def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
+    """Records, split and tokenised. Every example has a supervised token, or this raises with its id."""
+    splits, source = load_records(config.data)
+    template = ChatTemplate.load(config.data.template, tokenizer)
+
+    def encode(records: list[Record]) -> list[Example]:
+        return encode_all(records, template, tokenizer, config.data)
+
+    train = encode(splits.train)
+    if not train:
+        raise FtlabError(f"{source.name} has no training example left; look at data.max_length and data.too_long")
+    return DataSet(source, splits, template, train, encode(splits.validation), encode(splits.test))
+
+
+def build_training(config: Config, model: LlamaForCausalLM, method: Method, ranks: Ranks, config_hash: str) -> Built:
+    """Method, dtypes, penalties and optimizer around a base model, and the state that holds them."""
+    table = method.apply(model)
+    precision = Precision(config.precision, ranks.device)
+    precision.store(model)
+    model.checkpoint_blocks = config.training.activation_checkpointing
+    penalties = build_penalties(config.regularizer, model)
+    optimizer = build_optimizer(config.optimizer, model, table)
+    if config.training.compile:
+        for block in model.blocks:
+            block.compile(dynamic=not config.data.pad_rows)
+    fingerprints = {penalty.name: penalty.fingerprint() for penalty in penalties}
+    state = TrainState(model, optimizer, precision, config_hash, fingerprints)
+    return Built(model, method, table.rows(model), precision, penalties, state)
+
+
+def loss_sum_of(config: Config) -> Any:
+    """The objective with its chunk size settled: (model, batch) -> summed nats."""
+    return functools.partial(_cross_entropy, chunk=config.training.head_chunk)
+
+
+def _cross_entropy(model: LlamaForCausalLM, batch: Batch, *, chunk: int) -> torch.Tensor:
+    return supervised_cross_entropy(model, batch, chunk)
+
+
+def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:
+    """The training rows."""
+    return RowLoader(data.train, config.data, seed=config.training.seed, pad_id=tokenizer.pad_id)
+
+
+def total_steps(config: Config, loader: RowLoader) -> int:
+    """Optimizer steps of the whole run: max_steps, or what the epochs come to; the smaller one if both are given."""
+    limits = [] if config.training.max_steps is None else [config.training.max_steps]
+    if config.training.epochs is not None:
+        limits.append(loader.total_steps(config.training.epochs))
+    return max(1, min(limits))
+
+
+def model_facts(config: Config, model: LlamaForCausalLM) -> dict[str, Any]:
+    """What run.json says of the base model."""
+    facts: dict[str, Any] = {"name": config.model.name, "parameters": sum(p.numel() for p in model.parameters())}
+    if isinstance(config.model, PretrainedConfig):
+        facts["location"] = config.model.location
+        facts["sha256"] = describe(config.model.location).get("sha256")
+    else:
+        facts["location"] = f"random weights, {asdict(config.model)}"
+    return facts
+
+
+def base_location(config: Config) -> str:
+    """What an adapter's configuration calls its base."""
+    return config.model.location if isinstance(config.model, PretrainedConfig) else config.model.name
+
+
+def export_folder(run_dir: Path, method: Method) -> Path:
+    """Where what was trained is exported: adapter/ for what sits on a base, model/ for a whole model."""
+    return run_dir / ("adapter" if method.keeps_base else "model")

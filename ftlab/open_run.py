@@ -1,0 +1,80 @@
+"""A finished run as a model again, for the commands that evaluate, generate and export."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlab import build
+from ftlab.config import Config, ParallelConfig, from_plain
+from ftlab.errors import FtlabError
+from ftlab.methods import Method, make_method
+from ftlab.models.llama import LlamaForCausalLM
+from ftlab.models.tokenizer import Tokenizer
+from ftlab.training.parallel import Ranks
+from ftlab.training.precision import Precision, dtype_of
+
+__all__ = ["OpenRun", "open_run", "read_config"]
+
+
+@dataclass
+class OpenRun:
+    """A run's configuration and its model with what was trained in place (or the untouched base)."""
+
+    run_dir: Path
+    config: Config
+    record: dict[str, Any]
+    model: LlamaForCausalLM
+    method: Method
+    tokenizer: Tokenizer
+    precision: Precision
+
+
+def read_config(run_dir: Path) -> tuple[Config, dict[str, Any]]:
+    """The typed configuration and the record of the run in `run_dir`.
+
+    Raises:
+        FtlabError: it is not a run folder, or was written by an incompatible version.
+    """
+    path = run_dir / "run.json"
+    if not path.exists():
+        runs = [entry.name for entry in run_dir.parent.glob("*/") if (entry / "run.json").exists()]
+        near = difflib.get_close_matches(run_dir.name, runs, n=1, cutoff=0.3)
+        hint = f"; did you mean {run_dir.parent / near[0]}?" if near else ""
+        raise FtlabError(f"{run_dir} is not a run folder: it has no run.json{hint}")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return from_plain(record["config"], record["classes"]), record
+    except (KeyError, ValueError, TypeError) as error:
+        raise FtlabError(f"{path} cannot be read by this version of ftlab: {error}") from None
+
+
+def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, merge: bool = False) -> OpenRun:
+    """Load the model of a run; with `base` the pretrained one, untouched; with `merge` the update folded in."""
+    config, record = read_config(run_dir)
+    ranks = ranks or Ranks()
+    tokenizer = build.build_tokenizer(config)
+    method = make_method(config.method, seed=config.training.seed)
+    frozen = dtype_of(config.precision.frozen)
+    model = build.build_model(config, tokenizer, ranks, dtype=frozen if method.keeps_base else dtype_of("fp32"))
+    if not base:
+        folder = build.export_folder(run_dir, method)
+        if not folder.exists():
+            raise FtlabError(f"{run_dir} has no {folder.name}/: the run is {record.get('status')}; finish it first")
+        method.apply(model)
+        method.load(model, folder)
+    precision = Precision(config.precision, ranks.device)
+    precision.store(model)
+    if merge and not base:
+        method.merge(model)
+    model.requires_grad_(False)
+    model.eval()
+    return OpenRun(run_dir, config, record, model, method, tokenizer, precision)
+
+
+def parallel_of(config: Config, device: str | None) -> ParallelConfig:
+    """The run's parallel settings, on another device if one was asked for."""
+    return ParallelConfig(device or config.parallel.device, config.parallel.threads, config.parallel.timeout_seconds)

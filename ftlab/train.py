@@ -1,0 +1,26 @@
+"""``python -m ftlab.train``: fine-tune, score, report."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ftlab.compose import run_command
+from ftlab.config import Config
+
+__all__ = ["main"]
+
+
+def _task(config: Config, resolved: dict[str, Any]) -> int:
+    from ftlab.session import train  # torch and the rest load only once the configuration is known to be good
+
+    return train(config, resolved)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status is 0, or that of the error."""
+    return run_command(sys.argv[1:] if argv is None else argv, _task)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

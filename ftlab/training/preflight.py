@@ -1,0 +1,104 @@
+"""What is measured before step 1: one forward and backward on the largest batch, and the memory it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftlab.data.loader import Batch
+from ftlab.errors import FtlabError
+from ftlab.training.parallel import Replica
+from ftlab.training.precision import Precision
+from ftlab.training.record import peak_device_bytes, peak_rss_bytes
+from ftlab.training.state import capture_rng, restore_rng
+
+__all__ = ["Preflight", "check_gradients", "preflight", "static_memory"]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Measured on one micro-batch with the most tokens."""
+
+    tokens: int
+    seconds: float
+    peak_rss: int
+    peak_device: int
+    silent: tuple[str, ...]  # modules that train but got no gradient at all from this batch
+
+    def as_dict(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "peak_rss": self.peak_rss,
+            "peak_device": self.peak_device,
+            "silent_modules": list(self.silent),
+        }
+
+
+def static_memory(parameters: Iterable[nn.Parameter]) -> dict[str, int]:
+    """Bytes of weights, gradients and AdamW's two moments; activations come on top and are measured."""
+    weights = gradients = 0
+    for parameter in parameters:
+        size = parameter.numel() * parameter.element_size()
+        weights += size
+        gradients += size if parameter.requires_grad else 0
+    return {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients}
+
+
+def check_gradients(model: nn.Module) -> tuple[str, ...]:
+    """Names of modules whose every trainable tensor has a gradient of zeros.
+
+    Raises:
+        FtlabError: a tensor that should train is not connected to the loss.
+    """
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if missing:
+        raise FtlabError(
+            f"{len(missing)} trainable tensors get no gradient, the first is {missing[0]}; the method trains something "
+            "that the loss does not depend on"
+        )
+    silent = []
+    for name, module in model.named_modules():
+        gradients = [p.grad for p in module.parameters(recurse=False) if p.requires_grad]
+        if gradients and not any(bool((g != 0).any()) for g in gradients if g is not None):
+            silent.append(name)
+    return tuple(silent)
+
+
+def preflight(replica: Replica, batch: Batch, precision: Precision, *, warm: bool) -> Preflight:
+    """Run `batch` forward and backward, change nothing, and say what it took.
+
+    With `warm` (a compiled model) it runs twice and the second time counts.
+
+    Raises:
+        FtlabError: out of memory, or a trainable tensor without gradient.
+    """
+    rng = capture_rng()
+    device = replica.ranks.device
+    replica.model.train()
+    try:
+        for _ in range(2 if warm else 1):
+            begin = time.monotonic()
+            with replica.sync(False), precision.autocast():
+                loss = replica(batch.to(device)) / max(batch.num_supervised, 1)
+            precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.monotonic() - begin
+    except torch.OutOfMemoryError as error:
+        raise FtlabError(
+            f"the largest micro-batch ({batch.num_tokens} tokens) does not fit in memory "
+            f"({str(error).splitlines()[0]}); "
+            "lower data.micro_batch_size or data.row_length, or set training.activation_checkpointing=true"
+        ) from None
+    silent = check_gradients(replica.model)
+    for parameter in replica.model.parameters():
+        parameter.grad = None
+    restore_rng(rng)
+    return Preflight(batch.num_tokens, seconds, peak_rss_bytes(), peak_device_bytes(device), silent)
