@@ -99,4 +99,4 @@ def exact_mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     better, worse = int((second & ~first).sum()), int((first & ~second).sum())
     different = better + worse
     tail = sum(math.comb(different, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**different)
+    return min(1.0, float(2 * tail / 2**different))

@@ -35,14 +35,17 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """A metric on 0-100 with its 95 % interval and the signature of how both were computed."""
+    """A metric with its 95 % interval, if it has one, and the signature of how both were computed.
+
+    Metrics of generated answers are on 0-100; loss is in nats per token, and it and perplexity have no interval.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     signature: str
 
-    def as_dict(self) -> dict[str, float | str]:
+    def as_dict(self) -> dict[str, float | str | None]:
         """An entry of `scores` in run.json."""
         return asdict(self)
 

@@ -103,7 +103,8 @@ def _token_f1(prediction: str, reference: str) -> float:
 
 def _sacrebleu(metric: str, predictions: Sequence[str], references: Sequence[str]) -> Statistics:
     """Per-example match counts as sacrebleu takes them, and its corpus formula on many sums at once."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     scorer: Any = BLEU(force=True) if metric == "bleu" else CHRF()  # force: no hint about texts that look tokenised
     value = _bleu if metric == "bleu" else _chrf
@@ -145,12 +146,13 @@ def _chrf(sums: Floats) -> Floats:
     precision = np.where(used, shared / np.maximum(predicted, 1.0), 0.0).sum(axis=-1) / orders
     recall = np.where(used, shared / np.maximum(expected, 1.0), 0.0).sum(axis=-1) / orders
     denominator = 4.0 * precision + recall
-    return 100.0 * 5.0 * precision * recall / np.where(denominator > 0, denominator, 1.0)
+    score: Floats = 100.0 * 5.0 * precision * recall / np.where(denominator > 0, denominator, 1.0)
+    return score
 
 
 def _rouge(metric: str, predictions: Sequence[str], references: Sequence[str]) -> Statistics:
     """Per-example F-measures. rouge_score keeps only ASCII letters and digits; an answer without any scores 0."""
-    from rouge_score import rouge_scorer
+    from rouge_score import rouge_scorer  # type: ignore[import-untyped]
 
     scorer = rouge_scorer.RougeScorer([metric], use_stemmer=True)
     scores = [scorer.score(r, p)[metric].fmeasure for p, r in zip(predictions, references, strict=True)]
