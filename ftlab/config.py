@@ -371,7 +371,9 @@ def option_classes(config: Config) -> dict[str, str]:
 
 
 def from_plain(values: dict[str, Any], classes: dict[str, str]) -> Config:
-    """The typed configuration that ``dataclasses.asdict`` and `option_classes` were taken of.
+    """The typed configuration that a plain dictionary and `option_classes` were taken of.
+
+    The option's name that `ftlab.schema.config_to_dict` adds to a group as ``kind`` is passed over.
 
     Raises:
         KeyError: a class or a field that this version does not have.
@@ -380,6 +382,7 @@ def from_plain(values: dict[str, Any], classes: dict[str, str]) -> Config:
     def build(cls: type[Any], plain: dict[str, Any]) -> Any:
         hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
+        plain = {key: value for key, value in plain.items() if key != "kind"}
         if unknown := sorted(plain.keys() - known):
             raise KeyError(f"{cls.__name__} has no {unknown[0]}")
         nested = {key: hints[key] for key in plain if dataclasses.is_dataclass(hints[key])}
