@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_directory", "atomic_write", "sha256_bytes", "sha256_file"]
+__all__ = ["atomic_directory", "atomic_path", "atomic_write", "sha256_bytes", "sha256_file"]
 
 READ_BYTES = 1 << 20
 
@@ -31,30 +31,34 @@ def default_mode() -> int:
     return 0o666 & ~mask
 
 
-def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Write a whole file: a reader sees the old content or the new, never a part, also after a power cut.
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary sibling path to write a file at; it becomes `path` when the block ends well.
 
-    Text is written as UTF-8 with its newlines unchanged. The parent folder must exist. An existing file keeps its
-    permission bits. On any error the old file is untouched and no temporary file is left.
+    A reader sees the old content or the new, never a part, also after a power cut. The parent folder must exist. An
+    existing file keeps its permission bits. On any error the old file is untouched and no temporary file is left.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    payload = data.encode("utf-8") if isinstance(data, str) else data
     try:
         mode = stat.S_IMODE(target.stat().st_mode)
     except FileNotFoundError:
         mode = default_mode()
     try:
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        fsync_path(temporary)
         temporary.chmod(mode)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(target.parent)
+
+
+def atomic_write(path: str | Path, data: str | bytes) -> None:
+    """Write a whole file by `atomic_path`. Text is written as UTF-8 with its newlines unchanged."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def fsync_tree(directory: Path) -> None:

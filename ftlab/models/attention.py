@@ -1,0 +1,245 @@
+"""Causal attention: the one function, over plain rows, packed documents or a cache.
+
+Shapes: B rows, T query positions, S key positions, H query heads, K key/value heads, D width of a head,
+N = B*T positions of a flattened batch, P positions of a batch padded document by document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["Documents", "attention"]
+
+MAX_PADDING = 0.25  # share of a bucket's positions that may be padding
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Documents of similar length, attended to by one kernel call as a right-padded [count, longest] batch."""
+
+    count: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the positions of a flattened batch go in its buckets, and back.
+
+    gather: int64 [P], for each padded position the flattened position it is filled from; a padding position repeats the
+        first token of its own document, so that nothing of one document, NaN included, ever stands in another's row.
+    inverse: int64 [N], for each flattened position its place among the padded ones.
+    position_ids: int64 [N], position inside its document.
+    """
+
+    gather: Tensor
+    inverse: Tensor
+    position_ids: Tensor
+
+    def to(self, device: torch.device) -> Layout:
+        """The same on `device`."""
+        return Layout(*(index.to(device, non_blocking=True) for index in self.__dict__.values()))
+
+
+class Documents:
+    """Where each document lies in a flattened batch: documents stand end to end and fill it.
+
+    `lengths` are tokens per document, in order; their sum is B * T. The index tensors are computed once, on first use,
+    and travel with `to`.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], device: torch.device, layout: Layout | None = None) -> None:
+        self.lengths = lengths
+        self.device = device
+        self.total = sum(lengths)
+        self.order = sorted(range(len(lengths)), key=lambda index: -lengths[index])  # stable: ties keep their order
+        self.buckets = make_buckets([lengths[index] for index in self.order])
+        # One length for all: the flattened batch already is the padded batch and nothing has to move.
+        self.uniform = len(set(lengths)) == 1
+        self._layout = layout
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+        """Documents of these lengths; a length under 1 raises ValueError."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"every document needs at least one token, got lengths {list(lengths)}")
+        return cls(tuple(int(length) for length in lengths), torch.device(device))
+
+    def to(self, device: torch.device | str) -> Documents:
+        """The same documents with their index tensors on `device`."""
+        device = torch.device(device)
+        return self if device == self.device else Documents(self.lengths, device, self.layout.to(device))
+
+    @property
+    def layout(self) -> Layout:
+        """The index tensors, on `device`; computed on first use."""
+        if self._layout is None:
+            self._layout = make_layout(self.lengths, self.order, self.buckets).to(self.device)
+        return self._layout
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 [N]: position of each token inside its document."""
+        return self.layout.position_ids
+
+    def __repr__(self) -> str:
+        return f"Documents({len(self.lengths)} documents, {self.total} tokens, {len(self.buckets)} buckets)"
+
+
+def make_buckets(descending: list[int]) -> list[Bucket]:
+    """Cut lengths sorted from long to short into buckets, a new one when padding would exceed MAX_PADDING."""
+    buckets: list[Bucket] = []
+    count = tokens = longest = 0
+    for length in descending:
+        if count and tokens + length < (1 - MAX_PADDING) * longest * (count + 1):
+            buckets.append(Bucket(count, longest))
+            count = tokens = 0
+        if count == 0:
+            longest = length
+        count += 1
+        tokens += length
+    buckets.append(Bucket(count, longest))
+    return buckets
+
+
+def make_layout(lengths: tuple[int, ...], order: list[int], buckets: list[Bucket]) -> Layout:
+    """The index tensors of `Layout`, on the CPU."""
+    lengths_M = torch.tensor(lengths)  # M documents
+    starts_M = lengths_M.cumsum(0) - lengths_M
+    total = sum(lengths)
+    position_ids = torch.arange(total) - starts_M.repeat_interleave(lengths_M)
+    inverse = torch.empty(total, dtype=torch.int64)
+    gathers = []
+    first_document = first_slot = 0
+    for bucket in buckets:
+        members = torch.tensor(order[first_document : first_document + bucket.count])
+        column = torch.arange(bucket.longest)
+        real = column < lengths_M[members, None]  # [count, longest]
+        source = starts_M[members, None] + torch.where(real, column, 0)
+        slot = torch.arange(first_slot, first_slot + bucket.count * bucket.longest).view_as(source)
+        inverse[source[real]] = slot[real]
+        gathers.append(source.flatten())
+        first_document += bucket.count
+        first_slot += bucket.count * bucket.longest
+    return Layout(torch.cat(gathers), inverse, position_ids)
+
+
+class PadDocuments(torch.autograd.Function):
+    """x_N* -> x_P*: lay documents out in their buckets.
+
+    Every flattened position stands exactly once among the real padded ones, and no gradient reaches the padding (real
+    queries never see it and its own outputs are dropped), so the backward is a plain gather instead of a scatter-add.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: Tensor, inverse: Tensor) -> Tensor:
+        """Gather rows of x."""
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, gather)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Gather the gradient back."""
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class UnpadDocuments(torch.autograd.Function):
+    """y_P* -> y_N*: the inverse of PadDocuments; padding is dropped and its gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, inverse: Tensor) -> Tensor:
+        """Gather rows of y."""
+        ctx.save_for_backward(inverse)
+        ctx.padded = y.shape[0]
+        return y.index_select(0, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Put each gradient in its place; places are distinct, so a copy is enough."""
+        (inverse,) = ctx.saved_tensors
+        out = grad.new_zeros(ctx.padded, *grad.shape[1:])
+        return out.index_copy_(0, inverse, grad), None
+
+
+def sdpa(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, *, causal: bool, mask_BTS: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for grouped heads: query head h reads key head h // (H / K). Returns [B, T, H, D]."""
+    B, T, H, D = q_BTHD.shape
+    K = k_BSKD.shape[2]
+    q, k, v = q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
+    mask = None if mask_BTS is None else mask_BTS[:, None]
+    if T == 1 and K != H and not causal:
+        # The queries of a group share keys and mask: as extra query positions they need no copy of the cache.
+        if mask is not None:
+            mask = mask.expand(B, 1, H // K, -1)
+        out = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, attn_mask=mask)
+        return out.reshape(B, 1, H, D)
+    grouped = K != H
+    if grouped and q.is_cuda and q.dtype == torch.float32:
+        # No fused CUDA kernel takes grouped fp32 heads; without this, [T, T] scores would be stored.
+        k, v, grouped = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1), False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+# The shapes change with every batch: compiling around this call avoids compiling for each of them.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def document_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document. Returns [B, T, H, D].
+
+    Documents go into right-padded buckets. With a causal kernel no real query sees the padding behind it, so no mask
+    is built and each document's result is bitwise independent of every other document.
+    """
+    B, T = q_BTHD.shape[:2]
+    if documents.total != B * T:
+        raise ValueError(f"the documents hold {documents.total} tokens but the batch holds {B} x {T}")
+    flat = [x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD)]
+    if documents.uniform:
+        bucket = documents.buckets[0]
+        q, k, v = (x.view(bucket.count, bucket.longest, *x.shape[1:]) for x in flat)
+        return sdpa(q, k, v, causal=True).reshape(q_BTHD.shape)
+    layout = documents.layout
+    q_P, k_P, v_P = (
+        PadDocuments.apply(x, layout.gather, layout.inverse)  # type: ignore[no-untyped-call]
+        for x in flat
+    )
+    sizes = [bucket.count * bucket.longest for bucket in documents.buckets]
+    outputs = []
+    for bucket, q, k, v in zip(documents.buckets, q_P.split(sizes), k_P.split(sizes), v_P.split(sizes), strict=True):
+        shaped = [x.view(bucket.count, bucket.longest, *x.shape[1:]) for x in (q, k, v)]
+        outputs.append(sdpa(shaped[0], shaped[1], shaped[2], causal=True).flatten(0, 1))
+    out_N: Tensor = UnpadDocuments.apply(torch.cat(outputs), layout.inverse)  # type: ignore[no-untyped-call]
+    return out_N.view(q_BTHD.shape)
+
+
+def attention(
+    q_BTHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    *,
+    documents: Documents | None = None,
+    mask_BTS: Tensor | None = None,
+) -> Tensor:
+    """Attention of T queries to S keys, the queries being the last T positions. Returns [B, T, H, D] in q's dtype.
+
+    documents: causal inside each document; S must be T and there may be no mask.
+    mask_BTS: bool, True where a query may look; every query needs at least one True. [B, 1, S] is enough when T is 1.
+    neither: causal over the whole row (T == S), or one query that sees every key (T == 1).
+    """
+    if documents is not None:
+        if mask_BTS is not None or q_BTHD.shape[1] != k_BSKD.shape[1]:
+            raise ValueError("packed documents take neither a mask nor a cache")
+        out: Tensor = document_attention(q_BTHD, k_BSKD, v_BSKD, documents)
+        return out
+    T, S = q_BTHD.shape[1], k_BSKD.shape[1]
+    if mask_BTS is None and T not in (1, S):
+        raise ValueError(f"{T} queries over {S} keys need an explicit mask")
+    return sdpa(q_BTHD, k_BSKD, v_BSKD, causal=mask_BTS is None and T > 1, mask_BTS=mask_BTS)

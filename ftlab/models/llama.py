@@ -1,0 +1,293 @@
+"""The llama decoder, with the parameter names of the Hugging Face checkpoint.
+
+Shapes: B rows, T query positions, S key positions, D width of the residual stream, H query heads, K key/value heads,
+E width of a head, V vocabulary, N = B*T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ftlab.models.attention import Documents, attention
+from ftlab.models.configuration import LlamaConfig
+
+__all__ = ["KVCache", "LlamaForCausalLM", "RMSNorm", "rotary_frequencies"]
+
+
+class KVCache:
+    """Keys and values of past positions, in buffers made once for `capacity` positions.
+
+    Buffers take the rows, heads and dtype of the first keys that arrive (autocast decides that dtype). `length` is the
+    number of positions that every layer holds.
+    """
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+
+    def append(self, layer: int, k_BTKE: Tensor, v_BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of T new positions; returns all so far, as views [B, length + T, K, E]."""
+        end = self.length + k_BTKE.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, {end} are needed")
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            shape = (k_BTKE.shape[0], self.capacity, *k_BTKE.shape[2:])
+            keys, values = k_BTKE.new_empty(shape), v_BTKE.new_empty(shape)
+            self._keys[layer], self._values[layer] = keys, values
+        keys[:, self.length : end] = k_BTKE
+        values[:, self.length : end] = v_BTKE
+        return keys[:, :end], values[:, :end]
+
+    def advance(self, positions: int) -> None:
+        """Count positions that every layer has appended."""
+        self.length += positions
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows (int64 indices); one layer at a time, so that memory falls as it goes."""
+        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+            if keys is not None and values is not None:
+                self._keys[layer] = keys.index_select(0, rows)
+                self._values[layer] = values.index_select(0, rows)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block needs about the positions; computed once in a forward pass.
+
+    cos, sin: fp32 [B or 1, T, 1, E/2]. mask: bool [B or 1, T, S] or None.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    documents: Documents | None
+    mask: Tensor | None
+    cache: KVCache | None
+
+
+def rotary_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") -> Tensor:
+    """theta ** (-2i / E) for i < E/2 (arXiv 2104.09864), after rope scaling; fp32 [E/2], radians per position."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    # llama3: wavelengths beyond original / low are stretched by factor, those under original / high are kept, and in
+    # between the share of the unstretched frequency falls linearly in original / wavelength.
+    wavelengths = 2 * math.pi / frequencies
+    ratio = scaling.original_max_position_embeddings / wavelengths
+    kept = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + E/2) by their angle, in fp32; returns x's dtype."""
+    first, second = x_BTHE.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHE.dtype)
+
+
+def make_mask(mask_BS: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
+    """bool [B or 1, T, S], True where a query may look; None where plain causal attention says it already.
+
+    A padding query sees itself, so that its row is finite: its value reaches no real position.
+    """
+    if mask_BS is None and T in (1, S):
+        return None
+    query_T1 = torch.arange(S - T, S, device=device)[:, None]
+    key_S = torch.arange(S, device=device)
+    causal_TS = key_S <= query_T1
+    return causal_TS[None] if mask_BS is None else (mask_BS[:, None] & causal_TS) | (key_S == query_T1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), computed in fp32, returned in x's dtype.
+
+    Differs from transformers in half precision only: the weight is applied before rounding, not after.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        B, T, _ = x_BTD.shape
+        q_BTHE, k_BTKE, v_BTKE = (
+            project(x_BTD).view(B, T, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BTHE, k_BSKE = rotate(q_BTHE, context.cos, context.sin), rotate(k_BTKE, context.cos, context.sin)
+        v_BSKE = v_BTKE
+        if context.cache is not None:
+            k_BSKE, v_BSKE = context.cache.append(self.layer, k_BSKE, v_BSKE)
+        out = attention(q_BTHE, k_BSKE, v_BSKE, documents=context.documents, mask_BTS=context.mask)
+        projected: Tensor = self.o_proj(out.reshape(B, T, -1))
+        return projected
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, h_BTD: Tensor, context: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD), context)
+        out: Tensor = h_BTD + self.mlp(self.post_attention_layernorm(h_BTD))
+        return out
+
+
+class Decoder(nn.Module):
+    """The parameters under `model.` in the checkpoint."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LlamaForCausalLM(nn.Module):
+    """A llama with its head.
+
+    With tied embeddings the head has no parameter of its own and `state_dict` no `lm_head.weight`: there is one tensor,
+    so the pair cannot drift apart. Nothing is held in buffers, so a model built on the meta device is complete once its
+    parameters are. The constructor's values are not the model's initialisation: see `ftlab.models.loading`.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False
+        self.model = Decoder(config)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks. To compile one in place: `block.compile()`; parameter names stay as they are."""
+        return self.model.layers
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the weight of the LM head, or the embedding it is tied to."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, h: Tensor) -> Tensor:
+        """[..., D] after the final norm -> [..., V]."""
+        out: Tensor = F.linear(h, self.head_weight) if self.lm_head is None else self.lm_head(h)
+        return out
+
+    def hidden_states(
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+        mask_BS: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream after the final norm, [B, T, D].
+
+        input_ids_BT: int64 token ids. position_ids_BT: int64; None counts from 0 in each document, from the first real
+        token of a padded row, or on from the cache. documents: packed documents that never see one another.
+        cache: holds the S - T positions before these, and takes these T. mask_BS: bool, True at real tokens, over all S
+        positions; left padding is how it is meant.
+        """
+        B, T = input_ids_BT.shape
+        device = input_ids_BT.device
+        past = 0 if cache is None else cache.length
+        if documents is not None and (cache is not None or mask_BS is not None):
+            raise ValueError("packed documents take neither a cache nor a mask")
+        if mask_BS is not None and mask_BS.shape != (B, past + T):
+            raise ValueError(f"the mask is {tuple(mask_BS.shape)}, the keys are {(B, past + T)}")
+        if position_ids_BT is None:
+            if documents is not None:
+                position_ids_BT = documents.position_ids.view(B, T)
+            elif mask_BS is not None:
+                position_ids_BT = (mask_BS.cumsum(1) - 1).clamp_(min=0)[:, past:]
+            else:
+                position_ids_BT = torch.arange(past, past + T, device=device)[None]
+        angles = position_ids_BT[:, :, None, None] * rotary_frequencies(self.config, device)
+        mask_BTS = make_mask(mask_BS, T, past + T, device)
+        context = Context(angles.cos(), angles.sin(), documents, mask_BTS, cache)
+        h_BTD: Tensor = self.model.embed_tokens(input_ids_BT)
+        run = self._block_runner(cache)
+        for block in self.model.layers:
+            h_BTD = run(block, h_BTD, context)
+        if cache is not None:
+            cache.advance(T)
+        out: Tensor = self.model.norm(h_BTD)
+        return out
+
+    def _block_runner(self, cache: KVCache | None) -> Callable[[nn.Module, Tensor, Context], Any]:
+        """How this forward pass calls its blocks."""
+        if cache is not None:
+            # A compiled block would be compiled again as the cache grows: decoding runs the plain one.
+            return lambda block, h, context: block.forward(h, context)
+        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+            # The RNG state is kept so that recomputed dropout draws the same masks.
+            return lambda block, h, context: checkpoint(block, h, context, use_reentrant=False, preserve_rng_state=True)
+        return lambda block, h, context: block(h, context)
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+        mask_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V]; arguments as in `hidden_states`."""
+        return self.logits(self.hidden_states(input_ids_BT, position_ids_BT, documents, cache, mask_BS))
