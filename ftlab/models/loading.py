@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ftlab.errors import FtlabError
+from ftlab.models.checkpoint import SafetensorsFolder, TensorSource, describe_names
 from ftlab.models.configuration import LlamaConfig
 from ftlab.models.gguf import GGUFLlama, is_gguf
 from ftlab.models.llama import LlamaForCausalLM, RMSNorm
-from ftlab.models.safetensors_io import SafetensorsFolder, TensorSource, describe_names
 
 __all__ = ["initialise", "load_model", "open_checkpoint", "random_llama"]
 

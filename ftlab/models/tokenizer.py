@@ -15,8 +15,8 @@ from tokenizers.models import BPE
 
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_write, sha256_bytes
+from ftlab.models.checkpoint import read_json
 from ftlab.models.gguf import GGUFFile, is_gguf
-from ftlab.models.safetensors_io import read_json
 
 __all__ = ["CHATML", "Tokenizer", "byte_tokenizer", "load_tokenizer"]
 
