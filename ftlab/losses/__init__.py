@@ -1,0 +1,3 @@
+"""Objectives (sums, never means) and penalties."""
+
+__all__: list[str] = []

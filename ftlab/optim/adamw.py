@@ -1,0 +1,78 @@
+"""AdamW (arXiv 1711.05101) with its parameter groups: torch's own implementation.
+
+    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
+    theta <- theta - lr * wd * theta - lr * m_hat / (sqrt(v_hat) + eps)
+
+The decay acts on matrices only: never on norms, biases or other vectors, and not on token embeddings either (nor on a
+head tied to them), whose rows for rare tokens get no gradient for many steps and would only shrink. An untied head and
+LoRA's A and B are matrices and decay.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ftlab.config import AdamWConfig, OptimizerConfig
+from ftlab.errors import ConfigError, FtlabError
+
+__all__ = ["LearningRates", "build_optimizer", "decayed", "set_lr"]
+
+
+class LearningRates(Protocol):
+    """The part of the trainability table that the optimizer reads."""
+
+    def lr_scales(self, model: nn.Module) -> dict[str, float]:
+        """The factor of the learning rate of each parameter that trains, by name."""
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module, table: LearningRates) -> torch.optim.Optimizer:
+    """AdamW over the parameters that train, in groups of equal decay and equal share of the learning rate.
+
+    A group holds `base_lr` (lr times its share), from which `set_lr` makes its rate, and `param_names`, by which a
+    saved state is recognised. torch's fused kernel is used: one pass over each tensor, the fastest of its three forms for
+    adapters on a CPU and on a GPU, and deterministic. Errors: nothing trains, or not AdamW's settings.
+    """
+    if not isinstance(config, AdamWConfig):
+        raise ConfigError("optimizer: choose an option, for example optimizer=adamw")
+    decays = decayed(model)
+    members: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, lr_scale in table.lr_scales(model).items():
+        weight_decay = config.weight_decay if name in decays else 0.0
+        members.setdefault((lr_scale, weight_decay), []).append((name, model.get_parameter(name)))
+    if not members:
+        raise FtlabError("no parameter trains, so there is nothing to optimize; look at the method's rules")
+    groups = [
+        {"params": named, "lr": config.lr * lr_scale, "base_lr": config.lr * lr_scale, "weight_decay": weight_decay}
+        for (lr_scale, weight_decay), named in members.items()
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0, fused=True
+    )
+    optimizer.register_load_state_dict_pre_hook(_check_names)
+    return optimizer
+
+
+def decayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay may act on: two dimensions or more, and not an embedding's."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in embeddings}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's rate to `factor` times its base_lr."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def _check_names(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """torch matches a saved state by position; refuse one whose parameters are others or in another order."""
+    ours = [group["param_names"] for group in optimizer.param_groups]
+    theirs = [group.get("param_names") for group in state["param_groups"]]
+    if ours != theirs:
+        raise FtlabError(
+            "the saved optimizer state belongs to other parameters than the ones that train now; "
+            "use the method and the rules of the run that saved it"
+        )
