@@ -1,0 +1,196 @@
+"""Examples to batches: order, rows, micro-batches, and their shares for each rank.
+
+Shapes: B rows, T positions of a row (or of all rows laid end to end).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftlab.config import DataConfig
+from ftlab.data.packing import pack
+from ftlab.data.tokenization import Example
+from ftlab.errors import ConfigError, FtlabError
+from ftlab.models.attention import Documents
+
+__all__ = ["IGNORE", "Batch", "RowLoader", "collate_rows", "eval_batches", "permutation", "split_rows"]
+
+IGNORE = -100  # label of a position that predicts nothing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the model at once.
+
+    input_ids: int64 [B, T].
+    labels: int64 [B, T]; labels[b, t] is the token to predict at t, that is the one after it in the same document, or
+        -100 if that one is not learnt or does not exist.
+    position_ids: int64 [B, T]; from 0 in each document.
+    documents: where each lies in the flattened batch; padding is a document of its own at the end of a row.
+    example_ids: the examples in order.
+    num_tokens: tokens without padding. num_supervised: labels that are not -100.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    documents: Documents
+    example_ids: tuple[str, ...]
+    num_tokens: int
+    num_supervised: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        moved = {
+            item.name: getattr(self, item.name).to(device)
+            for item in fields(self)
+            if item.name in ("input_ids", "labels", "position_ids", "documents")
+        }
+        return replace(self, **moved)
+
+
+def collate_rows(rows: Sequence[Sequence[Example]], pad_id: int, row_length: int | None = None) -> Batch:
+    """Lay rows out: as [1, N] without any padding, or as [B, row_length] with a padding document in each short row."""
+    if not rows or not all(rows):
+        raise ValueError("a batch needs at least one row, and a row at least one example")
+    ids: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    examples = [example for row in rows for example in row]
+    for row in rows:
+        for example in row:
+            ids += example.token_ids
+            targets = zip(example.token_ids[1:], example.supervised[1:], strict=True)
+            labels += [id if learnt else IGNORE for id, learnt in targets]
+            labels.append(IGNORE)  # nothing follows a document's last token
+            lengths.append(len(example.token_ids))
+        padding = 0 if row_length is None else row_length - sum(len(example.token_ids) for example in row)
+        if padding < 0:
+            raise ValueError(f"a row is {-padding} tokens longer than {row_length}")
+        if padding:
+            ids += [pad_id] * padding
+            labels += [IGNORE] * padding
+            lengths.append(padding)
+    height = 1 if row_length is None else len(rows)
+    lengths_D = np.asarray(lengths)
+    starts_D = np.cumsum(lengths_D) - lengths_D
+    positions = np.arange(len(ids)) - np.repeat(starts_D, lengths_D)
+    return Batch(
+        input_ids=torch.tensor(ids, dtype=torch.int64).view(height, -1),
+        labels=torch.tensor(labels, dtype=torch.int64).view(height, -1),
+        position_ids=torch.from_numpy(positions.astype(np.int64)).view(height, -1),
+        documents=Documents.from_lengths(lengths),
+        example_ids=tuple(example.id for example in examples),
+        num_tokens=sum(len(example.token_ids) for example in examples),
+        num_supervised=sum(label != IGNORE for label in labels),
+    )
+
+
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
+    """A random order of `count` indices, fixed by (seed, epoch) on every machine and NumPy version.
+
+    The raw output of the PCG64 generator is sorted, because NumPy promises that stream and not that of `permutation`.
+    """
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return [int(index) for index in np.argsort(np.atleast_1d(keys), kind="stable")]
+
+
+class RowLoader:
+    """The training rows of every epoch, as a pure function of (examples, configuration, seed, epoch).
+
+    A row is a list of example indices laid end to end: packed up to `row_length`, or one example without packing. It
+    holds no cursor: (epoch, index) is all that a restart needs.
+    """
+
+    def __init__(self, examples: Sequence[Example], data_config: DataConfig, seed: int, pad_id: int) -> None:
+        if not examples:
+            raise FtlabError(f"data {data_config.name}: there is no training example")
+        self.examples = list(examples)
+        self.config = data_config
+        self.seed = seed
+        self.pad_id = pad_id
+        self.lengths = [len(example.token_ids) for example in self.examples]
+        longest = max(range(len(self.lengths)), key=self.lengths.__getitem__)
+        if (data_config.packing or data_config.pad_rows) and self.lengths[longest] > data_config.row_length:
+            raise ConfigError(
+                f"data.row_length={data_config.row_length} is shorter than {self.examples[longest].id} "
+                f"({self.lengths[longest]} tokens): raise it, or lower data.max_length"
+            )
+        self.rows = functools.lru_cache(maxsize=2)(self._rows)
+
+    def _rows(self, epoch: int) -> list[list[int]]:
+        """The rows of an epoch, in order."""
+        count = len(self.examples)
+        order = permutation(count, self.seed, epoch) if self.config.shuffle else list(range(count))
+        if not self.config.packing:
+            return [[index] for index in order]
+        return pack(self.lengths, order, self.config.row_length)
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Optimizer steps; the last one may have fewer rows."""
+        return -(-len(self.rows(epoch)) // self.config.batch_size)
+
+    def total_steps(self, epochs: float) -> int:
+        """Optimizer steps of a number of epochs that need not be whole."""
+        whole = math.floor(epochs + 1e-9)
+        part = max(0.0, epochs - whole)
+        steps = sum(self.steps_in_epoch(epoch) for epoch in range(whole))
+        if part > 1e-9:
+            steps += math.ceil(part * self.steps_in_epoch(whole) - 1e-9)
+        return steps
+
+    def global_batch(self, epoch: int, index: int) -> list[list[int]]:
+        """The rows of one optimizer step, over all ranks."""
+        if not 0 <= index < self.steps_in_epoch(epoch):
+            raise IndexError(f"epoch {epoch} has {self.steps_in_epoch(epoch)} steps, there is no step {index}")
+        start = index * self.config.batch_size
+        return self.rows(epoch)[start : start + self.config.batch_size]
+
+    def collate(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """A micro-batch of rows: [len(rows), row_length] with pad_rows, else [1, N]."""
+        row_length = self.config.row_length if self.config.pad_rows else None
+        return collate_rows([[self.examples[index] for index in row] for row in rows], self.pad_id, row_length)
+
+    def largest_batch(self) -> Batch:
+        """A micro-batch as large as any can be: the fullest rows, of the longest examples.
+
+        Without packing it is exact. With packing the longest examples are packed first, which fills rows best.
+        """
+        by_length = sorted(range(len(self.lengths)), key=lambda index: (-self.lengths[index], index))
+        if self.config.packing:
+            rows = pack(self.lengths, by_length, self.config.row_length)
+        else:
+            rows = [[index] for index in by_length]
+        rows.sort(key=lambda row: -sum(self.lengths[index] for index in row))  # stable
+        return self.collate(rows[: min(self.config.micro_batch_size, self.config.batch_size)])
+
+
+def split_rows(rows: Sequence[list[int]], rank: int, world: int, micro: int) -> list[list[list[int]]]:
+    """The micro-batches of one rank.
+
+    The rows are cut into `world` contiguous parts whose sizes differ by at most one (a part may be empty), and each
+    part into micro-batches of `micro` rows, the last one perhaps shorter.
+    """
+    if not 0 <= rank < world or micro < 1:
+        raise ValueError(f"rank {rank} of {world} with micro-batches of {micro} rows")
+    begin, end = len(rows) * rank // world, len(rows) * (rank + 1) // world
+    return [list(rows[start : min(start + micro, end)]) for start in range(begin, end, micro)]
+
+
+def eval_batches(
+    examples: Sequence[Example], batch_size: int, rank: int = 0, world: int = 1, *, pad_id: int
+) -> Iterator[Batch]:
+    """Batches of one rank, without padding. Over all ranks every example comes exactly once; none is repeated.
+
+    Rank r takes examples r, r + world, ...; a rank may get none.
+    """
+    mine = list(examples[rank::world])
+    for start in range(0, len(mine), batch_size):
+        yield collate_rows([[example] for example in mine[start : start + batch_size]], pad_id)
