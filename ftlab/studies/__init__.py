@@ -1,0 +1,1 @@
+"""Reports and sweeps: knows run folders, not tensors."""

@@ -1,0 +1,286 @@
+"""What no single type can say: ranges, choices, and values that contradict one another.
+
+Runs before anything is downloaded or loaded, without torch. Every error names the key, the reason and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlab.assets import parse_location, resolve
+from ftlab.config import (
+    Config,
+    FilesDataConfig,
+    HPODataConfig,
+    LoRAConfig,
+    PretrainedConfig,
+    RandomConfig,
+    WSDConfig,
+)
+from ftlab.errors import ConfigError, FtlabError
+from ftlab.schema import suggestion
+
+__all__ = ["GENERATION_METRICS", "LOSS_METRICS", "TEMPLATES", "validate"]
+
+LOSS_METRICS = ("loss", "perplexity")
+GENERATION_METRICS = ("exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
+TEMPLATES = ("model", "chatml", "plain")
+TARGET = "_target_"
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for the first value out of range, or the first contradiction."""
+    check_values(config, "")
+    for check in CHECKS:
+        check(config)
+
+
+# --- values one by one ------------------------------------------------------------------------------------------------
+
+
+def check_values(node: Any, prefix: str) -> None:
+    """Ranges and choices of every field, at every depth."""
+    for item in fields(node):
+        path, value = f"{prefix}{item.name}", getattr(node, item.name)
+        if is_dataclass(value):
+            check_values(value, f"{path}.")
+            continue
+        check_finite(value, path)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            check_range(value, path, item.metadata)
+        choices = item.metadata.get("choices", ())
+        if choices and value is not None and value not in choices:
+            near = suggestion(str(value), choices, f"{path}={{}}")
+            raise ConfigError(f"{path}: {value!r} is none of {', '.join(choices)}{near}")
+
+
+def check_finite(value: Any, path: str) -> None:
+    """Refuse NaN and infinity, also inside lists and mappings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: {value} is not a finite number")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_finite(inner, f"{path}.{key}")
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            check_finite(inner, f"{path}.{number}")
+
+
+def check_range(value: float, path: str, metadata: Any) -> None:
+    """Refuse a number outside low <= value <= high, above < value < below."""
+    limits: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+        ("low", "at least", lambda number, limit: number >= limit),
+        ("above", "more than", lambda number, limit: number > limit),
+        ("high", "at most", lambda number, limit: number <= limit),
+        ("below", "less than", lambda number, limit: number < limit),
+    )
+    present = [(words, metadata[name], holds) for name, words, holds in limits if metadata.get(name) is not None]
+    if all(holds(value, limit) for _, limit, holds in present):
+        return
+    raise ConfigError(f"{path}: {value} is out of range, must be {' and '.join(f'{w} {n}' for w, n, _ in present)}")
+
+
+# --- groups against themselves and one another ------------------------------------------------------------------------
+
+
+def check_run(config: Config) -> None:
+    """Name, folder, resume."""
+    if not config.name or "/" in config.name or "\\" in config.name or config.name in (".", ".."):
+        raise ConfigError(f"name: {config.name!r} cannot be part of a folder's name; give name=... without slashes")
+    for key in ("output_dir", "run_dir"):
+        value = getattr(config, key)
+        if value is not None and not value.strip():
+            raise ConfigError(f"{key}: it is empty; give a folder")
+    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
+        raise ConfigError(f"resume: {config.resume} does not exist; give auto, never, or the path of a checkpoint")
+
+
+def check_model(config: Config) -> None:
+    """Dimensions of a random model, and that a tokenizer can be found."""
+    model = config.model
+    if isinstance(model, PretrainedConfig):
+        check_location(model.location, "model.location")
+    if model.tokenizer is not None and model.tokenizer != "bytes":
+        check_location(model.tokenizer, "model.tokenizer")
+    if not isinstance(model, RandomConfig):
+        return
+    if model.tokenizer is None:
+        raise ConfigError("model.tokenizer: random weights bring none; give model.tokenizer=bytes or a location")
+    if model.hidden_size % model.num_heads:
+        raise ConfigError(
+            f"model.hidden_size: {model.hidden_size} is not a multiple of model.num_heads={model.num_heads}; change one"
+        )
+    if model.hidden_size // model.num_heads % 2:
+        raise ConfigError(
+            f"model.num_heads: a head of {model.hidden_size // model.num_heads} dimensions cannot be rotated in pairs; "
+            "hidden_size / num_heads must be even"
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_kv_heads: {model.num_kv_heads} does not divide model.num_heads={model.num_heads}; change one"
+        )
+
+
+def check_data(config: Config) -> None:
+    """Lengths, batches, splits, files."""
+    data = config.data
+    if (data.packing or data.pad_rows) and data.row_length < data.max_length:
+        raise ConfigError(
+            f"data.row_length: a row of {data.row_length} tokens cannot hold an example of data.max_length="
+            f"{data.max_length}; raise row_length or lower max_length"
+        )
+    if data.micro_batch_size > data.batch_size:
+        raise ConfigError(
+            f"data.micro_batch_size: {data.micro_batch_size} is more than data.batch_size={data.batch_size}; lower it"
+        )
+    if data.validation_fraction + data.test_fraction >= 1:
+        raise ConfigError(
+            f"data.validation_fraction: {data.validation_fraction} and data.test_fraction={data.test_fraction} leave "
+            "nothing to train on; lower one"
+        )
+    if data.template not in TEMPLATES and not Path(data.template).is_file():
+        near = suggestion(data.template, TEMPLATES, "data.template={}")
+        raise ConfigError(
+            f"data.template: {data.template!r} is none of {', '.join(TEMPLATES)} and no such file exists{near}"
+        )
+    if isinstance(data, HPODataConfig):
+        check_location(data.location, "data.location")
+    if isinstance(data, FilesDataConfig):
+        for key in ("train", "validation", "test"):
+            if getattr(data, key) is not None:
+                check_location(getattr(data, key), f"data.{key}")
+
+
+def check_location(location: str, key: str) -> None:
+    """The form of a location, and that a local file is there."""
+    try:
+        if parse_location(location).kind in ("file", "builtin"):
+            resolve(location)
+    except FtlabError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def check_method(config: Config) -> None:
+    """LoRA needs something to adapt."""
+    if isinstance(config.method, LoRAConfig):
+        targets = config.method.targets
+        if not targets or not all(target.strip() for target in targets):
+            raise ConfigError("method.targets: it names no layer; give for example 'method.targets=[q_proj,v_proj]'")
+
+
+def check_regularizer(config: Config) -> None:
+    """Entries of `extra`: importable, with arguments that the class takes."""
+    for name, entry in config.regularizer.extra.items():
+        key = f"regularizer.extra.{name}"
+        if not isinstance(entry, dict) or not isinstance(entry.get(TARGET), str):
+            raise ConfigError(f"{key}: it needs {TARGET}: module.Class and that class's arguments")
+        check_arguments(entry, key, import_target(entry[TARGET], f"{key}.{TARGET}"))
+        strength = entry.get("strength")
+        if isinstance(strength, int | float) and strength < 0:
+            raise ConfigError(f"{key}.strength: {strength} is out of range, must be at least 0")
+
+
+def import_target(target: str, key: str) -> Any:
+    """The callable at a dotted path; what lies in the current folder is found too."""
+    module_name, _, attribute = target.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{key}: {target!r} is not a dotted path; give module.Class")
+    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise ConfigError(f"{key}: {module_name} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(getattr(module, attribute, None)):
+        names = [name for name, value in vars(module).items() if callable(value)]
+        raise ConfigError(f"{key}: {module_name} has no {attribute}{suggestion(attribute, names, module_name + '.{}')}")
+    return getattr(module, attribute)
+
+
+def check_arguments(entry: dict[str, Any], key: str, target: Callable[..., Any]) -> None:
+    """Every argument has a parameter and every parameter without a default its argument; the first is the model."""
+    parameters = list(inspect.signature(target).parameters.values())[1:]
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    names = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_POSITIONAL]
+    for argument in entry:
+        if argument != TARGET and argument not in names:
+            near = suggestion(str(argument), names, key + ".{}")
+            raise ConfigError(f"{key}.{argument}: {entry[TARGET]} has no such parameter{near}")
+    for parameter in parameters:
+        if parameter.name in names and parameter.default is inspect.Parameter.empty and parameter.name not in entry:
+            raise ConfigError(
+                f"{key}.{parameter.name}: {entry[TARGET]} needs a value; give +{key}.{parameter.name}=..."
+            )
+
+
+def check_schedule(config: Config) -> None:
+    """Phases that fit into the run."""
+    schedule, training = config.schedule, config.training
+    if training.epochs is None and training.max_steps is None:
+        raise ConfigError("training.epochs: the run has no end; give training.epochs or training.max_steps")
+    warmup, last = schedule.warmup_steps, training.max_steps
+    if warmup is not None and last is not None and warmup > last:
+        raise ConfigError(f"schedule.warmup_steps: {warmup} is more than training.max_steps={last}; lower it")
+    if not isinstance(schedule, WSDConfig) or warmup is not None:
+        return
+    if schedule.warmup_fraction + schedule.decay_fraction > 1:
+        raise ConfigError(
+            f"schedule.decay_fraction: {schedule.decay_fraction} and schedule.warmup_fraction="
+            f"{schedule.warmup_fraction} are more than the whole run; lower one"
+        )
+
+
+def check_precision(config: Config) -> None:
+    """Half precision where it can work."""
+    precision = config.precision
+    if precision.compute == "fp16" and config.parallel.device == "cpu":
+        raise ConfigError(
+            "precision.compute: fp16 needs a CUDA GPU and parallel.device=cpu; give precision=bf16 or fp32"
+        )
+    if precision.frozen == "fp16" and precision.compute != "fp16":
+        raise ConfigError(
+            f"precision.frozen: fp16 goes with precision.compute=fp16, not {precision.compute}; give precision.frozen="
+            f"{precision.compute}"
+        )
+
+
+def check_evaluation(config: Config) -> None:
+    """Whatever depends on validation needs one, and a metric that it measures."""
+    evaluation, checkpoint = config.evaluation, config.checkpoint
+    if evaluation.times == 0 and evaluation.every_steps is None:
+        for key in ("load_best", "patience"):
+            value = getattr(checkpoint, key)
+            if value:
+                raise ConfigError(
+                    f"checkpoint.{key}: {str(value).lower()} needs validation, and evaluation.times is 0; give "
+                    f"evaluation.times, or checkpoint.{key}={'false' if key == 'load_best' else 'null'}"
+                )
+    every = (*LOSS_METRICS, *GENERATION_METRICS)
+    if checkpoint.metric not in every:
+        near = suggestion(checkpoint.metric, every, "checkpoint.metric={}")
+        raise ConfigError(f"checkpoint.metric: {checkpoint.metric!r} is none of {', '.join(every)}{near}")
+    if checkpoint.metric in GENERATION_METRICS and not evaluation.generate:
+        raise ConfigError(
+            f"checkpoint.metric: {checkpoint.metric} needs generation; give evaluation.generate=true or "
+            "checkpoint.metric=loss"
+        )
+
+
+CHECKS: tuple[Callable[[Config], None], ...] = (
+    check_run,
+    check_model,
+    check_data,
+    check_method,
+    check_regularizer,
+    check_schedule,
+    check_precision,
+    check_evaluation,
+)
