@@ -81,8 +81,8 @@ class Tracker:
         run_name: the run's name there.
         resume_step: lines of later steps are removed, because they will be written again; None: a fresh run, all go.
         enabled: whether this rank writes.
-        mirror_command: the mirror to start instead of `python -m ftlab.training.wandb_mirror`; gets the run folder as
-            its last argument.
+        mirror_command: the mirror to start instead of `python -m ftlab.training.wandb_mirror`; gets the run folder and
+            this start's token as its last arguments.
 
     Raises:
         FtlabError: metrics.jsonl cannot be written. Trouble with the mirror never raises; see `mirror_status`.
@@ -99,7 +99,6 @@ class Tracker:
         mirror_command: Sequence[str] | None = None,
     ) -> None:
         self._run_dir = run_dir
-        self._mode = config.mode
         self._resume_step = -1 if resume_step is None else resume_step
         self._last: dict[str, int] = {}
         self._file: IO[str] | None = None
@@ -146,6 +145,7 @@ class Tracker:
             "name": run_name,
             "id": id_file.read_text("utf-8").strip(),
             "parent": os.getpid(),
+            "start": secrets.token_hex(8),
             "config": dict(resolved),
         }
         atomic_write(self._run_dir / MirrorFiles.task, json.dumps(task, indent=1, default=str) + "\n")
@@ -153,7 +153,7 @@ class Tracker:
         with (self._run_dir / MirrorFiles.log).open("ab") as log:
             # A session of its own: Ctrl-C in the terminal reaches the run, which then ends the mirror in good order.
             self._mirror = subprocess.Popen(
-                [*command, str(self._run_dir.resolve())],
+                [*command, str(self._run_dir.resolve()), str(task["start"])],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -220,22 +220,13 @@ class Tracker:
             self._left_running = True
 
     def mirror_status(self) -> str:
-        """One line on the mirror, for the summary and the report."""
-        if self._mode == "disabled":
-            return "Weights & Biases: off"
-        where = "online" if self._mode == "online" else f"offline, in {self._run_dir / MirrorFiles.folder}"
+        """What is wrong with the mirror, in one line for the summary and the report; empty if nothing is."""
         log = self._run_dir / MirrorFiles.log
         if self._trouble is not None:
             return f"Weights & Biases: {self._trouble}; metrics.jsonl has everything"
-        if self._mirror is None:
-            return "Weights & Biases: mirrored by rank 0"
-        code = self._mirror.poll()
-        if code is None:
-            if self._left_running:
-                return (
-                    f"Weights & Biases: still busy {FINISH_SECONDS:.0f} s after the end, goes on by itself; see {log}"
-                )
-            return f"Weights & Biases: following metrics.jsonl ({where})"
-        if code != 0:
+        if self._left_running:
+            return f"Weights & Biases: still busy {FINISH_SECONDS:.0f} s after the end, goes on by itself; see {log}"
+        code = None if self._mirror is None else self._mirror.poll()
+        if code:
             return f"Weights & Biases: the mirror failed (exit status {code}), see {log}; metrics.jsonl has everything"
-        return f"Weights & Biases: complete ({where})"
+        return ""

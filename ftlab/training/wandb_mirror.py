@@ -151,11 +151,24 @@ def _start_run(run_dir: Path, task: dict[str, Any]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Mirror one run folder; the exit status is 0, or 3 if wandb cannot be imported."""
-    run_dir = Path((sys.argv[1:] if argv is None else argv)[0])
-    task = json.loads((run_dir / MirrorFiles.task).read_text("utf-8"))
+    """Mirror one run folder; the exit status is 0, or 3 if wandb cannot be imported.
+
+    The second argument, if any, is the token of the start that this mirror belongs to.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    run_dir = Path(arguments[0])
     os.nice(10)  # the few cores belong to training
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    with _only_one(run_dir / MirrorFiles.lock):
+        task = json.loads((run_dir / MirrorFiles.task).read_text("utf-8"))
+        if arguments[1:] not in ([], [task["start"]]):
+            print("the run was started again, with a mirror of its own", flush=True)
+            return 0
+        return _mirror(run_dir, task)
+
+
+def _mirror(run_dir: Path, task: dict[str, Any]) -> int:
+    """Follow the metrics of one start of the run to its end."""
     finished = run_dir / MirrorFiles.finished
 
     def ended() -> bool:
@@ -165,22 +178,21 @@ def main(argv: list[str] | None = None) -> int:
             return True
         return False
 
-    with _only_one(run_dir / MirrorFiles.lock):
-        if task["mode"] == "offline":
-            _set_aside_older_segments(run_dir / MirrorFiles.folder)
-        try:
-            run = _start_run(run_dir, task)
-        except ImportError as error:
-            print(f"wandb cannot be imported: {error}; pip install wandb, or set tracking.mode=disabled", flush=True)
-            return 3
-        known = run.step - 1 if task["mode"] == "online" and run.resumed else -1
-        rows = Rows(lambda step, row: run.log(row, step=step, commit=True), run.summary.update, after=known)
-        for line in follow(run_dir / MirrorFiles.metrics, ended):
-            rows.add(line)
-        rows.flush()
-        status = finished.read_text("utf-8").strip() if finished.exists() else "killed"
-        run.finish(exit_code=0 if status == "finished" else 1)
-        print(f"run {task['id']}: {status}, {rows.sent} rows mirrored", flush=True)
+    if task["mode"] == "offline":
+        _set_aside_older_segments(run_dir / MirrorFiles.folder)
+    try:
+        run = _start_run(run_dir, task)
+    except ImportError as error:
+        print(f"wandb cannot be imported: {error}; pip install wandb, or set tracking.mode=disabled", flush=True)
+        return 3
+    known = run.step - 1 if task["mode"] == "online" and run.resumed else -1
+    rows = Rows(lambda step, row: run.log(row, step=step, commit=True), run.summary.update, after=known)
+    for line in follow(run_dir / MirrorFiles.metrics, ended):
+        rows.add(line)
+    rows.flush()
+    status = finished.read_text("utf-8").strip() if finished.exists() else "killed"
+    run.finish(exit_code=0 if status == "finished" else 1)
+    print(f"run {task['id']}: {status}, {rows.sent} rows mirrored", flush=True)
     return 0
 
 
