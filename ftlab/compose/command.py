@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ftlab
@@ -126,8 +126,8 @@ def show(composer: Composer, arguments: argparse.Namespace) -> None:
     if arguments.help:
         HydraConfig.instance().set_config(composed)
         settings = without_hydra(composed)
-        help_node = composed.hydra.help
-        help_node.template = help_node.template.replace("$FTLAB_GROUPS", groups_text(composer, composed))
+        template = str(composed.hydra.help.template).replace("$FTLAB_GROUPS", groups_text(composer, composed))
+        help_node = OmegaConf.create({"template": template})
         print(hydra.get_help(help_node, settings, get_args_parser(), resolve=arguments.resolve).rstrip())
     elif arguments.hydra_help:
         hydra.hydra_help(config_name=config_name, args_parser=get_args_parser(), args=arguments)
@@ -150,7 +150,7 @@ def groups_text(composer: Composer, composed: DictConfig) -> str:
             file = composer.find(f"{group}/{option}")
             about = next((line for line in comments(file) if "@package" not in line), "") if file else ""
             lines.append(f"  {group if number == 0 else '':<12}{mark} {option:<22}{about}".rstrip())
-    return "\n".join(lines).replace("$", "$$").replace("${", r"\${")
+    return "\n".join(lines).replace("$", "$$")
 
 
 def comments(file: Path) -> list[str]:

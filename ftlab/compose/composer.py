@@ -176,8 +176,7 @@ def check_keys(composed: DictConfig) -> None:
 
 def check_node(node: DictConfig, prefix: str) -> None:
     """The part of `check_keys` at and below one typed node."""
-    cls = OmegaConf.get_type(node)
-    assert isinstance(cls, type)
+    cls: Any = OmegaConf.get_type(node)
     for name in map(str, node):
         if name not in hints(cls):
             raise unknown_key(f"{prefix}{name}")
