@@ -1,0 +1,220 @@
+"""The command as a user types it: files, resume after any kill, two ranks, sweeps, mistakes; no download."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+TINY = ["+experiment=full_tiny", "tracking=disabled", "method=lora", "method.rank=4", "method.dropout=0.2"]
+SHORT = ["training.max_steps=12", "evaluation.generate=false", "data.limit_test=10", "tracking.log_every_steps=1"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "FTLAB_OFFLINE": "1", "COLUMNS": "200", **extra}
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "ftlab.train", *TINY, *SHORT, *overrides]
+
+
+def run(*overrides: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*overrides), cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def ended(run_dir: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return record
+
+
+def trace(run_dir: Path) -> list[tuple[int, float, str]]:
+    """(step, loss, digest of all examples so far) of every training line."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["data_digest"]) for line in lines if line["split"] == "train"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert trace(one) == trace(other)
+    ours, theirs = (
+        load_file(one / "adapter/adapter_model.safetensors"),
+        load_file(other / "adapter/adapter_model.safetensors"),
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    assert ended(one)["scores"] == ended(other)["scores"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed; its process must not have imported the other frameworks or opened a socket."""
+    folder = tmp_path_factory.mktemp("finished")
+    program = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise OSError('the network is blocked')\n"
+        "socket.socket.connect = refuse\n"
+        "from ftlab.train import main\n"
+        f"code = main({command('run_dir=run')[3:]!r})\n"
+        "bad = {'transformers', 'peft', 'accelerate', 'trl'} & set(sys.modules)\n"
+        "assert not bad, bad\n"
+        "raise SystemExit(code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
+def test_a_run_leaves_everything(finished: Path) -> None:
+    record = ended(finished)
+    assert record["status"] == "finished"
+    assert record["steps"] == 12
+    assert record["scores"].keys() == {"base", "final"}
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "adapter/adapter_config.json"):
+        assert (finished / name).stat().st_size > 0
+    losses = [loss for _, loss, _ in trace(finished)]
+    assert losses[-1] < losses[0]
+    assert record["parameters"]
+    assert record["memory"]["peak_rss"] > 0
+
+
+def test_the_same_command_again_does_nothing(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    again = run(f"run_dir={finished}", cwd=finished.parent)
+    assert again.returncode == 0
+    assert "already finished" in again.stdout
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_another_configuration_in_its_folder_is_refused(finished: Path) -> None:
+    other = run(f"run_dir={finished}", "optimizer.lr=0.5", cwd=finished.parent)
+    assert other.returncode == 1
+    assert "optimizer.lr: 0.001 -> 0.5" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def kill_when(process: subprocess.Popen[str], run_dir: Path, lines: int, signum: int) -> None:
+    """Send a signal as soon as so many lines of metrics are there."""
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= lines:
+            break
+        time.sleep(0.005)
+    process.send_signal(signum)
+
+
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["kill", "term", "ctrl-c"]
+)
+def test_stopped_and_resumed_is_bit_equal(finished: Path, tmp_path: Path, signum: int, code: int) -> None:
+    settings = ["run_dir=run", "checkpoint.every_steps=1"]
+    process = subprocess.Popen(
+        command(*settings), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    kill_when(process, tmp_path / "run", 5, signum)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, output + errors
+    if signum != signal.SIGKILL:
+        assert ended(tmp_path / "run")["status"] == "interrupted"
+        assert "Traceback" not in errors
+    resumed = run(*settings, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after step" in resumed.stdout
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    overrides = ["run_dir=run", "method.dropout=0.0", "checkpoint.load_best=false"]
+    one = run(*overrides, cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    (tmp_path / "run").rename(tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    two = subprocess.run(
+        [*torchrun, "-m", "ftlab.train", *TINY, *SHORT, *overrides],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr
+    ours, theirs = ended(tmp_path / "run"), ended(tmp_path / "one")
+    assert ours["device"]["world_size"] == 2
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()].count("run") == 1
+    for (step, loss, digest), (_, reference, expected) in zip(
+        trace(tmp_path / "run"), trace(tmp_path / "one"), strict=True
+    ):
+        assert loss == pytest.approx(reference, rel=1e-4), step
+        assert digest == expected
+    for who in ("base", "final"):
+        assert ours["scores"][who]["loss"]["value"] == pytest.approx(theirs["scores"][who]["loss"]["value"], rel=1e-4)
+
+
+def test_a_sweep_makes_one_folder_a_trial(tmp_path: Path) -> None:
+    done = run(
+        "-m",
+        "regularizer.l2_sp.strength=0,1e-2",
+        "schedule=cosine,linear",
+        "training.max_steps=3",
+        "evaluation.baseline=false",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    folders = [path.parent for path in (tmp_path / "runs").glob("*/run.json")]
+    assert len(folders) == 4
+    hashes = {ended(folder)["config_hash"] for folder in folders}
+    assert len(hashes) == 4
+    for folder in folders:
+        has_penalty = "penalty/l2_sp" in (folder / "metrics.jsonl").read_text()
+        assert has_penalty == (ended(folder)["config"]["regularizer"]["l2_sp"]["strength"] > 0)
+
+
+def test_strength_zero_is_the_run_without_it(finished: Path, tmp_path: Path) -> None:
+    done = run("run_dir=run", "regularizer=l2_sp", "regularizer.l2_sp.strength=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_an_unwritable_folder_is_said_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("output_dir=file", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "file" in done.stderr
+    assert "output_dir" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_and_generate_read_the_run(finished: Path) -> None:
+    def call(module: str, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words],
+            cwd=finished.parent,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    call("ftlab.evaluate", "run=run", "out=again.json")
+    again = json.loads((finished.parent / "again.json").read_text())["scores"]
+    assert again["loss"]["value"] == pytest.approx(ended(finished)["scores"]["final"]["loss"]["value"], rel=1e-6)
+    call("ftlab.evaluate", "run=run", "base=true", "out=base.json")
+    base = json.loads((finished.parent / "base.json").read_text())["scores"]
+    assert base["loss"]["value"] == pytest.approx(ended(finished)["scores"]["base"]["loss"]["value"], rel=1e-6)
+    call("ftlab.generate", "run=run", "max_new_tokens=4", "What is the capital of France?")
+    call("ftlab.export", "run=run", "out=exported")
+    assert (finished.parent / "exported" / "model.safetensors").exists()

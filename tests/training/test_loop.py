@@ -1,0 +1,186 @@
+"""The loop: logging, validation, patience, divergence, signals, and what a step measures."""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftlab.config import CheckpointConfig, PrecisionConfig
+from ftlab.errors import DivergenceError, FtlabError
+from ftlab.training.loop import fit, train_step, validation_steps
+from ftlab.training.parallel import Ranks, Replica
+from ftlab.training.precision import Precision
+from ftlab.training.signals import Interrupted, StopSignal
+from tests.helpers.training import KeepGradients, collate, lora_fit, loss_sum, ragged_examples, tiny_llama
+
+FP32 = Precision(PrecisionConfig(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((10, None, 4), {2, 5, 8, 10}),
+        ((10, 3, 4), {3, 6, 9, 10}),
+        ((10, None, 1), {10}),
+        ((2, None, 5), {1, 2}),
+        ((10, None, 0), set()),
+    ],
+)
+def test_validation_steps(arguments: Any, expected: set[int]) -> None:
+    assert validation_steps(*arguments) == expected
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    state, run = lora_fit(tmp_path, total_steps=40, dropout=0.0)
+    run.schedule = lambda step: 1.0
+    fit(state, run)
+    losses = [line["loss"] for line in run.tracker.lines if line.get("split") == "train"]  # type: ignore[attr-defined]
+    assert sum(losses[-8:]) < 0.96 * sum(losses[:8])
+    assert state.counters.step == 40
+    assert run.checkpoints.steps()[0] == 40
+
+
+def test_logged_loss_is_the_token_mean_of_the_window(tmp_path: Path) -> None:
+    seen: list[tuple[float, int]] = []
+    state, run = lora_fit(tmp_path, total_steps=4, on_step=lambda s, r, i: seen.append((r.nats, r.supervised)))
+    run.limits = type(run.limits)(4, frozenset(), 2, 5, 1.0)
+    fit(state, run)
+    lines = [line for line in run.tracker.lines if line.get("split") == "train"]  # type: ignore[attr-defined]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line, window in zip(lines, (seen[:2], seen[2:]), strict=True):
+        assert line["loss"] == pytest.approx(sum(n for n, _ in window) / sum(s for _, s in window))
+
+
+def test_patience_stops_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+    values = {2: 1.0, 4: 0.5, 6: 0.7, 8: 0.6, 10: 0.1}
+    state, run = lora_fit(
+        tmp_path,
+        validate=lambda step: {"loss": values[step]},
+        validate_at=frozenset(values),
+        checkpoint=CheckpointConfig(every_steps=None, every_minutes=None, patience=2),
+    )
+    fit(state, run)
+    assert state.counters.step == 8
+    assert (state.counters.best_step, state.counters.best_value) == (4, 0.5)
+    assert run.checkpoints.load_best(4).keys() == state.trainable().keys()
+    assert any("stopped after step 8" in message for message in run.progress.messages)  # type: ignore[attr-defined]
+
+
+def test_nan_is_never_the_best(tmp_path: Path) -> None:
+    state, run = lora_fit(
+        tmp_path, total_steps=4, validate=lambda step: {"loss": math.nan}, validate_at=frozenset({2, 4})
+    )
+    fit(state, run)
+    assert state.counters.best_step == -1
+
+
+def test_a_metric_nobody_measured_is_named(tmp_path: Path) -> None:
+    state, run = lora_fit(
+        tmp_path, validate_at=frozenset({1}), checkpoint=CheckpointConfig(metric="accuracy", every_minutes=None)
+    )
+    with pytest.raises(FtlabError, match=r"accuracy.*loss"):
+        fit(state, run)
+
+
+def test_a_bad_step_is_skipped_counted_and_does_not_advance_the_schedule(tmp_path: Path) -> None:
+    state, run = lora_fit(tmp_path, total_steps=6)
+    run.schedule = lambda step: 1.0 / (1 + step)
+    rates: list[float] = []
+    weights: list[torch.Tensor] = []
+
+    def look(step: int, result: Any, ids: Any) -> None:
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        weights.append(next(iter(state.trainable().values())).clone())
+
+    run.on_step = look
+    one_micro_batch_a_step(run)
+    poison_steps(run, {2, 3})
+    fit(state, run)
+    assert state.counters.skipped == 2
+    assert torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[1], weights[3])
+    assert not torch.equal(weights[3], weights[4])
+    assert rates == pytest.approx([1e-2 / n for n in (1, 2, 3, 3, 3, 4)])
+    last = [line for line in run.tracker.lines if line.get("split") == "train"][-1]  # type: ignore[attr-defined]
+    assert last["skipped_steps"] == 2
+    assert math.isfinite(last["loss"])
+
+
+def one_micro_batch_a_step(run: Any) -> None:
+    run.micro_batch_size = 100
+
+
+def poison_steps(run: Any, bad: set[int]) -> None:
+    objective, calls = run.replica._objective, iter(range(10**6))
+
+    def broken(batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = objective(batch)
+        return loss * math.inf if next(calls) in bad else loss
+
+    run.replica._objective = broken
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    state, run = lora_fit(tmp_path, max_bad_steps=3)
+    one_micro_batch_a_step(run)
+    poison_steps(run, set(range(4, 12)))
+    with pytest.raises(DivergenceError, match="3 steps in a row"):
+        fit(state, run)
+    assert run.checkpoints.steps()[0] == 7
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.trainable().values())
+
+
+def test_a_signal_saves_and_stops(tmp_path: Path) -> None:
+    state, run = lora_fit(tmp_path, checkpoint=CheckpointConfig(every_steps=None, every_minutes=None))
+    with StopSignal() as stop, stop.deferred():
+        run.stop = stop
+        run.on_step = lambda step, result, ids: signal.raise_signal(signal.SIGTERM) if step == 4 else None
+        with pytest.raises(Interrupted) as raised:
+            fit(state, run)
+    assert raised.value.exit_code == 143
+    assert run.checkpoints.steps() == [5]
+
+
+def test_minutes_also_make_a_checkpoint(tmp_path: Path) -> None:
+    state, run = lora_fit(
+        tmp_path, total_steps=3, checkpoint=CheckpointConfig(every_steps=None, every_minutes=1e-9, keep_last=9)
+    )
+    run.checkpoints.keep_last = 9
+    fit(state, run)
+    assert run.checkpoints.steps() == [3, 2, 1, 0]
+
+
+def test_nothing_supervised_is_an_error() -> None:
+    from ftlab.training.loop import unsupervised
+
+    model = tiny_llama()
+    batch = unsupervised(collate(ragged_examples(2), 2)[0])
+    with pytest.raises(FtlabError, match="supervised"):
+        train_step(Replica(model, loss_sum, Ranks()), KeepGradients(model), [batch], precision=FP32)
+
+
+def test_another_configuration_is_refused_on_resume(tmp_path: Path) -> None:
+    state, run = lora_fit(tmp_path, total_steps=2)
+    fit(state, run)
+    saved = run.checkpoints.newest()
+    assert saved is not None
+    other, _ = lora_fit(tmp_path / "other")
+    other.config_hash = "another"
+    with pytest.raises(FtlabError, match="another configuration"):
+        other.load_state_dict(saved, 0, 1)
+
+
+def test_other_anchors_are_refused_on_resume(tmp_path: Path) -> None:
+    state, run = lora_fit(tmp_path, total_steps=2)
+    fit(state, run)
+    saved = run.checkpoints.newest()
+    assert saved is not None
+    other, _ = lora_fit(tmp_path / "other")
+    other.penalty_fingerprints = {"l2_sp": "abc"}
+    with pytest.raises(FtlabError, match="anchored"):
+        other.load_state_dict(saved, 0, 1)
