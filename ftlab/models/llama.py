@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ftlab.models.attention import Documents, attention
 from ftlab.models.configuration import LlamaConfig
 
-__all__ = ["KVCache", "LlamaForCausalLM", "RMSNorm", "rotary_frequencies"]
+__all__ = ["KVCache", "LlamaConfig", "LlamaForCausalLM", "RMSNorm", "rotary_frequencies"]
 
 
 class KVCache:
