@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ftlab.arguments import guarded, parse
 from ftlab.errors import ConfigError, FtlabError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ftlab.models.llama import LlamaForCausalLM
 
 __all__ = ["ExportArguments", "main"]
 
@@ -32,11 +39,9 @@ def _run(argv: list[str]) -> int:
     if Path(arguments.out).exists():
         raise ConfigError(f"out={arguments.out} exists already; give a new folder")
 
-    import torch
-
     from ftlab import build
     from ftlab.files import atomic_directory
-    from ftlab.models.safetensors_io import save_safetensors
+    from ftlab.models.checkpoint import save_safetensors
     from ftlab.open_run import open_run
     from ftlab.training.precision import dtype_of
 
@@ -44,11 +49,11 @@ def _run(argv: list[str]) -> int:
     model = opened.model.float()
     data = build.build_data(opened.config, opened.tokenizer)
     held_out = (data.validation or data.test or data.train)[:16]
-    before = [_log_probabilities(model, torch.tensor([example.token_ids])) for example in held_out]
+    before = [_log_probabilities(model, example.token_ids) for example in held_out]
     opened.method.merge(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype_of(arguments.dtype)).float()
-    after = [_log_probabilities(model, torch.tensor([example.token_ids])) for example in held_out]
+    after = [_log_probabilities(model, example.token_ids) for example in held_out]
     total = sum(float((b.exp() * (b - a)).sum()) for b, a in zip(before, after, strict=True))
     kl = max(total / sum(b.shape[0] for b in before), 0.0)
     largest = max(float((b - a).abs().max()) for b, a in zip(before, after, strict=True))
@@ -59,17 +64,20 @@ def _run(argv: list[str]) -> int:
             f"the exported model differs too much (KL {kl:.3g} > max_kl={arguments.max_kl}); use dtype=fp32"
         )
     with atomic_directory(Path(arguments.out)) as folder:
-        save_safetensors(opened.method.merged(model).to(dtype_of(arguments.dtype)), folder)
+        opened.method.merged(model)
+        save_safetensors(model, folder, dtype_of(arguments.dtype))
         opened.tokenizer.save(folder)
     print(f"written to {arguments.out}; transformers' AutoModelForCausalLM.from_pretrained reads it")
     return 0
 
 
-def _log_probabilities(model, ids):  # type: ignore[no-untyped-def]
+def _log_probabilities(model: LlamaForCausalLM, token_ids: Sequence[int]) -> Tensor:
+    """[tokens, V] in fp64."""
     import torch
 
     with torch.no_grad():
-        return torch.log_softmax(model(ids)[0].double(), dim=-1)
+        logits: Tensor = model(torch.tensor([list(token_ids)]))
+    return torch.log_softmax(logits[0].double(), dim=-1)
 
 
 def main(argv: list[str] | None = None) -> int:

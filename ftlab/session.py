@@ -7,7 +7,7 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -201,7 +201,7 @@ class _Session:
         return build.build_training(self.config, model, method, self.ranks, self.hash)
 
     def _describe(self, data: build.DataSet, loader: RowLoader, built: build.Built) -> None:
-        rows = [row.as_dict() for row in built.rows]
+        rows = [asdict(row) for row in built.rows]
         self.record.update(
             data={
                 **data.source.as_dict(),
@@ -221,6 +221,9 @@ class _Session:
             f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test examples; "
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)"
         )
+
+        for note in data.source.notes:
+            self.tell(note)
 
     def _measurer(self, data: build.DataSet, tokenizer: Tokenizer, built: build.Built) -> Measurer:
         loss_sum = build.loss_sum_of(self.config)

@@ -104,7 +104,9 @@ class Checkpoints:
             shutil.rmtree(self.best_folder(step))
         try:
             with atomic_directory(self.best_folder(step)) as temporary:
-                save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, temporary / "w.safetensors")
+                save_file(
+                    {name: tensor.contiguous().cpu() for name, tensor in weights.items()}, temporary / "w.safetensors"
+                )
         except Exception as error:
             self._tell(f"best weights of step {step} could not be written ({error})")
             return False

@@ -152,6 +152,7 @@ class Replica:
             self._objective = DistributedDataParallel(self._objective, broadcast_buffers=False)
 
     def __call__(self, batch: Batch) -> Tensor:
+        """Summed loss of one batch, with its graph."""
         loss: Tensor = self._objective(batch)
         return loss
 
