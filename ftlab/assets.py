@@ -101,7 +101,7 @@ def parse_location(location: str) -> Location:
         return Location(text, "file", member=path, sha256=digest)
     if Path(body).exists():
         return Location(text, "file", member=body, sha256=digest)
-    nearest = difflib.get_close_matches(scheme, KINDS, n=1)
+    nearest = difflib.get_close_matches(scheme, KINDS, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]}:?" if nearest else ""
     raise ConfigError(f"{text}: unknown kind of location {scheme!r}: use pypi:, hf:, builtin:, file: or a path{hint}")
 
