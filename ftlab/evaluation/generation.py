@@ -13,7 +13,6 @@ from ftlab.config import EvaluationConfig
 from ftlab.data.records import Message, Record
 from ftlab.data.templates import ChatTemplate
 from ftlab.errors import FtlabError
-from ftlab.evaluation.mode import evaluation_mode
 from ftlab.models.generation import generate
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
@@ -71,7 +70,7 @@ def predict(
     none waits for the others in vain.
 
     Args:
-        model: the bare model, on the device it is to run on; put in evaluation mode and back.
+        model: the bare model, on the device it is to run on; the mode of its submodules is as before afterwards.
         config: `generate_batch_size` (prompts generated together) and `max_new_tokens` are read.
         progress: called as progress(done, total) after each batch, in records of this rank.
 
@@ -86,7 +85,7 @@ def predict(
         prompts = [template.prompt_ids(record.messages[:-1]) for record in records]
         order = sorted(range(len(records)), key=lambda index: (-len(prompts[index]), index))
         batches = _share(order, config.generate_batch_size, rank, world)
-        with evaluation_mode(model), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for batch in batches:
                 mine.update(_answer(model, tokenizer, {index: prompts[index] for index in batch}, config))
                 if progress is not None:
@@ -113,11 +112,7 @@ def _answer(
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
     )
-    texts = {}
-    for index, ids in zip(prompts, generated, strict=True):
-        end = next((place for place, token in enumerate(ids) if token in tokenizer.stop_ids), len(ids))
-        texts[index] = tokenizer.decode(ids[:end])
-    return texts
+    return {index: tokenizer.decode(ids) for index, ids in zip(prompts, generated, strict=True)}
 
 
 def _gather(mine: dict[int, str], failure: Exception | None, rank: int, world: int) -> dict[int, str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ftlab.data.loader import Batch
 from ftlab.errors import FtlabError
-from ftlab.evaluation.mode import evaluation_mode
+from ftlab.models.generation import evaluating
 
 __all__ = ["evaluate_loss", "perplexity"]
 
@@ -37,8 +37,8 @@ def evaluate_loss(
     Each rank passes its own share of the batches; a share may be empty. Only the two sums are kept: no logits.
 
     Args:
-        model: put in evaluation mode and back (see `evaluation_mode`). Pass the bare module, not a DDP wrapper: ranks
-            may run different numbers of batches.
+        model: put in evaluation mode, and every submodule back into its own mode afterwards. Pass the bare module, not
+            a DDP wrapper: ranks may run different numbers of batches.
         batches: on any device; each is moved to the model's.
         loss_sum: the loss of a batch summed over its supervised positions, in nats.
         sum_over_ranks: sums a tensor over the ranks and returns it; the identity for one process.
@@ -55,7 +55,7 @@ def evaluate_loss(
     device = torch.device("cpu") if parameter is None else parameter.device
     nats = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: no wait for it in each batch
     tokens = 0
-    with evaluation_mode(model):
+    with evaluating(model), torch.inference_mode():
         for batch in batches:
             nats += loss_sum(model, batch.to(device)).double()
             tokens += int(batch.num_supervised)
