@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def conf_dir() -> Path:
     raise FtlabError(f"conf/config.yaml was found neither in {inside} nor in {beside}; install ftlab again")
 
 
+@cache
 def register() -> None:
     """Put each option's dataclass into Hydra's ConfigStore as `base_<option>`; the YAML files list it first."""
     store = ConfigStore.instance()

@@ -197,7 +197,7 @@ class Explanation:
         reason = message.splitlines()[1 if found and "raised while" in message else 0]
         if subclass and key:
             reason = f"expected a mapping of keys, got {subclass['value']}"
-        elif BAD_VALUE.search(message) or "cannot be assigned None" in message:
+        elif BAD_VALUE.search(message) or "Incompatible value 'None'" in message:
             reason = rephrase(error, key)
         return ConfigError(f"{where}{key + ': ' if key else ''}{reason}")
 
