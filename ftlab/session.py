@@ -17,7 +17,7 @@ from ftlab import build
 from ftlab.compose import config_hash, run_folder, to_yaml
 from ftlab.config import Config, option_classes
 from ftlab.data.loader import RowLoader
-from ftlab.errors import DivergenceError, FtlabError
+from ftlab.errors import FtlabError
 from ftlab.evaluation.measure import Measured, Measurer
 from ftlab.files import atomic_write
 from ftlab.methods import make_method
@@ -47,14 +47,19 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
                     print(f"already finished: {run_dir}/report.html (resume=never runs it anew)")
                 return 0
             session = _Session(config, resolved, run_dir, ranks, stop, record)
+            session.open_folder()
             try:
                 session.run()
             except Interrupted as interrupted:
                 return session.end("interrupted", str(interrupted), interrupted.exit_code)
             except FtlabError as error:
-                return session.end(
-                    "diverged" if isinstance(error, DivergenceError) else "failed", str(error), None, error
+                return session.end("failed", str(error), None, error)
+            except OSError as error:
+                where = f"{error.filename}: " if error.filename else ""
+                problem = FtlabError(
+                    f"{where}{error.strerror or error}; once that is put right, the same command goes on"
                 )
+                return session.end("failed", str(problem), None, problem)
             except BaseException as error:
                 session.end("failed", f"{type(error).__name__}: {error}", 1)
                 raise
@@ -134,7 +139,6 @@ class _Session:
 
     def run(self) -> None:
         """Everything from the first byte of data to the report."""
-        self._open_folder()
         with self.phase("data"):
             tokenizer = build.build_tokenizer(self.config)
             data = build.build_data(self.config, tokenizer)
@@ -144,8 +148,7 @@ class _Session:
         self._describe(data, loader, built)
         saved = self._find_checkpoint()
         measurer = self._measurer(data, tokenizer, built)
-        if saved is None:
-            self._baseline(measurer, data, built)
+        self._baseline(measurer, data, built)
         replica = Replica(built.model, build.loss_sum_of(self.config), self.ranks)
         steps = build.total_steps(self.config, loader)
         if self.config.training.preflight:
@@ -162,7 +165,12 @@ class _Session:
         self._fit(replica, loader, built, measurer, data, steps)
         self._finish(built, measurer, data)
 
-    def _open_folder(self) -> None:
+    def open_folder(self) -> None:
+        """Settle that this folder is this run's, and note what is known before any work.
+
+        Raises:
+            FtlabError: it holds a run with another configuration, which is left untouched.
+        """
         record, config = self.record, self.config
         if record.content and config.resume == "never":
             self._set_aside()
@@ -243,7 +251,7 @@ class _Session:
             atomic_write(self.run_dir / "predictions" / f"{who}.jsonl", "\n".join(lines) + "\n")
 
     def _baseline(self, measurer: Measurer, data: build.DataSet, built: build.Built) -> None:
-        """Before the first step the method is the identity, so this is the untouched model."""
+        """Before a checkpoint is loaded the method is the identity, so this is the untouched model."""
         wanted = self.config.evaluation.baseline and self.config.evaluation.test and data.test
         if wanted and "base" not in self.record.content.get("scores", {}):
             self._test(measurer, data, built, "base")
@@ -270,7 +278,7 @@ class _Session:
     def _preflight(self, replica: Replica, loader: RowLoader, built: build.Built, steps: int) -> None:
         with self.phase("preflight"):
             batch = loader.largest_batch()
-            measured = preflight(replica, batch, built.precision, warm=self.config.training.compile)
+            measured = preflight(replica, batch, built.precision)
         micro = -(-self.config.data.batch_size // (self.config.data.micro_batch_size * self.ranks.world))
         seconds = measured.seconds * micro * steps
         self.record.update(preflight={**measured.as_dict(), "steps": steps, "estimated_seconds": round(seconds, 1)})
@@ -377,7 +385,7 @@ class _Session:
             warnings=[*self.record.content.get("warnings", []), *self.warnings],
             reason=why,
         )
-        self.record.end("failed" if status == "diverged" else status)
+        self.record.end(status)
         if self.ranks.is_main:
             if status == "finished":
                 path = write_report(self.run_dir)

@@ -77,7 +77,8 @@ class Measurer:
         """
         scores: dict[str, Score] = {}
         predictions: list[Prediction] = []
-        with torch.random.fork_rng(enabled=True), self.autocast():
+        device = next(model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.autocast():
             if examples:
                 batches = eval_batches(
                     examples, self.config.batch_size, self.peers.rank, self.peers.world, pad_id=self.tokenizer.pad_id

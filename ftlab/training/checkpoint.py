@@ -74,8 +74,6 @@ class Checkpoints:
     def save(self, state: dict[str, Any]) -> bool:
         """Write one checkpoint and drop the ones no longer kept. False, with a line told, if the disk refused."""
         step = int(state["counters"]["step"])
-        if self.folder(step).exists():
-            shutil.rmtree(self.folder(step))
         try:
             with atomic_directory(self.folder(step)) as temporary:
                 torch.save(state, temporary / "state.pt")
@@ -100,8 +98,6 @@ class Checkpoints:
         broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise FtlabError(f"weights that are not finite cannot be the best: {broken[:3]}")
-        if self.best_folder(step).exists():
-            shutil.rmtree(self.best_folder(step))
         try:
             with atomic_directory(self.best_folder(step)) as temporary:
                 save_file(

@@ -125,6 +125,7 @@ class Fit:
     micro_batch_size: int
     on_step: Callable[[int, StepResult, tuple[str, ...]], None] | None = None
     last_save: float = field(default_factory=time.monotonic)
+    saved_step: int = -1
     log_time: float = field(default_factory=time.monotonic)
 
 
@@ -160,7 +161,9 @@ def fit(state: TrainState, run: Fit) -> None:
         every = run.checkpoint.every_steps
         if every is not None and state.counters.step % every == 0:
             save_state(state, run)
-    save_state(state, run)
+    _save_or_stop(state, run)
+    if state.counters.step != run.saved_step:
+        save_state(state, run)
 
 
 def _next_batches(state: TrainState, run: Fit, ranks: Ranks) -> tuple[list[Batch], tuple[str, ...]]:
@@ -253,10 +256,10 @@ def _validate_if_due(state: TrainState, run: Fit) -> None:
     falls = run.checkpoint.mode == "min" or (run.checkpoint.mode == "auto" and metric in ("loss", "perplexity"))
     best = counters.best_value
     if value == value and (best is None or (value < best if falls else value > best)):
-        counters.best_step, counters.best_value, counters.worse_in_a_row = counters.step, value, 0
-        if run.replica.ranks.is_main:
-            run.checkpoints.save_best(counters.step, state.trainable())
-        save_state(state, run)
+        ranks = run.replica.ranks
+        if ranks.agree(ranks.is_main and run.checkpoints.save_best(counters.step, state.trainable())):
+            counters.best_step, counters.best_value, counters.worse_in_a_row = counters.step, value, 0
+        save_state(state, run)  # a checkpoint that calls this step the best stands beside its weights from the start
     else:
         counters.worse_in_a_row += 1
     run.log_time = time.monotonic()
@@ -294,5 +297,5 @@ def save_state(state: TrainState, run: Fit) -> bool:
     if ranks.is_main:
         run.tracker.sync()
         saved = run.checkpoints.save(state.state_dict(rng))
-    run.last_save = time.monotonic()
+    run.last_save, run.saved_step = time.monotonic(), state.counters.step
     return saved

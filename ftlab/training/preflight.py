@@ -71,10 +71,10 @@ def check_gradients(model: nn.Module) -> tuple[str, ...]:
     return tuple(silent)
 
 
-def preflight(replica: Replica, batch: Batch, precision: Precision, *, warm: bool) -> Preflight:
-    """Run `batch` forward and backward, change nothing, and say what it took.
+def preflight(replica: Replica, batch: Batch, precision: Precision) -> Preflight:
+    """Run `batch` forward and backward twice, change nothing, and say what it took.
 
-    With `warm` (a compiled model) it runs twice and the second time counts.
+    The second time counts: the first one also compiles, picks kernels and fills caches.
 
     Raises:
         FtlabError: out of memory, or a trainable tensor without gradient.
@@ -83,7 +83,7 @@ def preflight(replica: Replica, batch: Batch, precision: Precision, *, warm: boo
     device = replica.ranks.device
     replica.model.train()
     try:
-        for _ in range(2 if warm else 1):
+        for _ in range(2):
             begin = time.monotonic()
             with replica.sync(False), precision.autocast():
                 loss = replica(batch.to(device)) / max(batch.num_supervised, 1)

@@ -23,7 +23,7 @@ def preflight_with_checkpointing() -> tuple[str, ...]:
     model.checkpoint_blocks = True
     precision = Precision(PrecisionConfig(), torch.device("cpu"))
     batch = collate(ragged_examples(8), 8)[0]
-    return preflight(Replica(model, loss_sum, Ranks()), batch, precision, warm=False).silent
+    return preflight(Replica(model, loss_sum, Ranks()), batch, precision).silent
 
 
 def test_every_adapter_gets_a_gradient() -> None:
