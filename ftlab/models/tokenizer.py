@@ -69,7 +69,8 @@ class Tokenizer:
         """The ids of `text`; no BOS or EOS is added.
 
         A special token's own spelling, such as "<|im_end|>", is plain text unless `allow_special`: what a user writes
-        cannot end a turn.
+        cannot end a turn. A byte that the vocabulary has no token for (SmolLM2: a few control characters) is left out,
+        as everywhere this vocabulary is used.
         """
         self._backend.encode_special_tokens = not allow_special
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
