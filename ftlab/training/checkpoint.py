@@ -57,6 +57,12 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(".*.tmp-*"):  # a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
+        for moved in directory.glob(".*.old-*"):  # a replacement that was killed, perhaps between its two renames
+            name = moved.name[1:].rsplit(".old-", 1)[0]
+            if (directory / name).exists():
+                shutil.rmtree(moved, ignore_errors=True)
+            else:
+                moved.rename(directory / name)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, newest first."""

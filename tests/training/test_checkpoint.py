@@ -61,6 +61,14 @@ def test_a_damaged_one_is_passed_over_and_told(checkpoints: Checkpoints, told: l
     assert "going back" in told[0]
 
 
+def test_a_replacement_killed_between_its_renames_is_undone(checkpoints: Checkpoints) -> None:
+    checkpoints.save(content(1))
+    checkpoints.save(content(2))
+    checkpoints.folder(2).rename(checkpoints.directory / ".step-00000002.old-77")
+    again = Checkpoints(checkpoints.directory, 2, print)
+    assert again.steps() == [2, 1]
+
+
 def test_all_damaged_gives_none(checkpoints: Checkpoints, told: list[str]) -> None:
     checkpoints.save(content(1))
     (checkpoints.folder(1) / "state.pt").write_bytes(b"")
