@@ -23,7 +23,7 @@ class Method(Protocol):
         """Swap or add leaves in place, set `requires_grad`, and return the table that says who trains."""
 
     def save(self, model: nn.Module, directory: Path, base: str) -> None:
-        """Write what was trained to `directory`, whole or not at all; `base`: where the pretrained weights come from."""
+        """Write what was trained to `directory`, whole or not at all; `base` names the pretrained weights."""
 
     def load(self, model: nn.Module, directory: Path) -> None:
         """Read it back. Errors: FtlabError on tensors missing, left over or of another shape, and on other settings."""
