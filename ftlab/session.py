@@ -42,12 +42,9 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
     with StopSignal() as stop, start_ranks(config.parallel) as ranks:
         run_dir = run_folder(config, resolved)
         with _own_folder(run_dir, ranks) as record:
-            if config.resume == "auto" and record.status == "finished":
-                if ranks.is_main:
-                    print(f"already finished: {run_dir}/report.html (resume=never runs it anew)")
-                return 0
             session = _Session(config, resolved, run_dir, ranks, stop, record)
-            session.open_folder()
+            if not session.open_folder():
+                return 0
             try:
                 session.run()
             except Interrupted as interrupted:
@@ -57,7 +54,7 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
             except OSError as error:
                 where = f"{error.filename}: " if error.filename else ""
                 problem = FtlabError(
-                    f"{where}{error.strerror or error}; once that is put right, the same command goes on"
+                    f"{where}{error.strerror or error}; put that right and give the same command again"
                 )
                 return session.end("failed", str(problem), None, problem)
             except BaseException as error:
@@ -165,8 +162,10 @@ class _Session:
         self._fit(replica, loader, built, measurer, data, steps)
         self._finish(built, measurer, data)
 
-    def open_folder(self) -> None:
+    def open_folder(self) -> bool:
         """Settle that this folder is this run's, and note what is known before any work.
+
+        False: the run is finished already.
 
         Raises:
             FtlabError: it holds a run with another configuration, which is left untouched.
@@ -181,11 +180,16 @@ class _Session:
                 f"{self.run_dir} holds a run with another configuration ({changed}); give another run_dir, or "
                 "resume=never to set that run aside"
             )
+        if config.resume == "auto" and record.status == "finished":
+            self.progress.message(f"already finished: {self.run_dir}/report.html (resume=never runs it anew)")
+            self.progress.close()
+            return False
         record.begin(config.name, self.hash, self.ranks.device, self.ranks.world)
         record.update(config=self.resolved, classes=option_classes(config), seeds={"training": config.training.seed})
         if self.ranks.is_main:
             atomic_write(self.run_dir / "config.yaml", to_yaml(self.resolved))
         self.progress.message(f"run folder {self.run_dir}")
+        return True
 
     def _set_aside(self) -> None:
         """Move an earlier run out of the way; the lock file stays, because this process holds it."""
