@@ -23,12 +23,12 @@ SHORT_PHASE_SECONDS = 1.0  # a phase that is over sooner leaves no line of its t
 
 
 def duration(seconds: float) -> str:
-    """A time as people write it: 4.2 s, 3:07 (minutes) or 1:02:03 (hours)."""
-    if seconds < 60:
+    """A time as people write it: 4.2 s, 3 min 7 s, 1 h 2 min."""
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def memory_size(size: float) -> str:

@@ -33,7 +33,7 @@ def test_plain_lines_say_everything() -> None:
     progress.message("[a message] with brackets")
     progress.close()
     assert out.getvalue().splitlines() == [
-        "step 130/500  loss 1.2346  lr 1.0e-03  812 tokens/s  1.50 GiB  ETA 12:20",
+        "step 130/500  loss 1.2346  lr 1.0e-03  812 tokens/s  1.50 GiB  ETA 12 min 20 s",
         "step 500/500  loss nan",
         "[a message] with brackets",
     ]
@@ -92,7 +92,7 @@ def test_summary_shows_before_and_after() -> None:
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert lines[1] == ["exact_match", "0.0", "(0.0-1.3)", "20.7", "(16.5-25.6)"]
     assert lines[2] == ["loss", "-", "1.250"]
-    assert " ".join(lines[3]) == "time 5:20, peak memory 2.00 GiB"  # validation is part of training
+    assert " ".join(lines[3]) == "time 5 min 20 s, peak memory 2.00 GiB"  # validation is part of training
     empty = io.StringIO()
     Progress(stream=empty).summary({"status": "failed"})
     assert empty.getvalue() == ""
@@ -175,9 +175,10 @@ def test_closed_missing_and_narrow_streams() -> None:
     assert b"caf?" in ascii_only.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.25, "0.2 s"), (59.9, "59.9 s"), (60, "1:00"), (187.4, "3:07"), (3723, "1:02:03")]
-)
+DURATIONS = {0.25: "0.2 s", 59.9: "59.9 s", 59.97: "1 min 0 s", 187.4: "3 min 7 s", 3723: "1 h 2 min"}
+
+
+@pytest.mark.parametrize(("seconds", "text"), DURATIONS.items())
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
