@@ -74,7 +74,7 @@ class ModelConfig:
     """What every model option has."""
 
     name: str = option("model", "label used in reports and run names")
-    tokenizer: str | None = option(None, "location of a tokenizer.json; null: the one that comes with the model")
+    tokenizer: str | None = option(None, "location of a tokenizer.json, or bytes; null: the model's own")
 
 
 @dataclass

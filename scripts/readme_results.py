@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""The table of results in README.md, generated from docs/results/*.json.
+
+    python scripts/readme_results.py                           write README.md's blocks anew
+    python scripts/readme_results.py --check                   exit 1 if a block is not what the records give
+    python scripts/readme_results.py --record lora_medical RUN...
+        first make docs/results/lora_medical.json of finished run folders that differ in their seed alone
+
+A block stands between `<!-- results:NAME -->` and `<!-- /results -->`. A record holds "command", "commit", "device" and
+"runs": what run.json says of each run, without its folders. Several runs of one commit and configuration are what a
+spread can be stated for, so `--record` refuses others, and runs of a tree with uncommitted changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ftlab.files import atomic_write  # noqa: E402
+
+__all__ = ["block", "main", "make_record", "rewrite", "table"]
+
+BLOCK = re.compile(r"(<!-- results:(?P<name>\w+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
+METRICS = {
+    "exact_match": ("exact match, %", 1),
+    "token_f1": ("token F1, %", 1),
+    "bleu": ("BLEU", 1),
+    "chrf": ("chrF", 1),
+    "rougeL": ("ROUGE-L", 1),
+    "perplexity": ("perplexity", 2),
+}
+KEPT = (
+    *("status", "command", "started", "finished", "packages", "device", "seeds", "config_hash", "model", "data"),
+    *("parameters", "memory", "timings", "throughput", "preflight", "steps", "skipped_steps", "best", "scores"),
+    *("data_digest", "resumed_from", "warnings"),
+)
+
+
+def scores_of(runs: Sequence[dict[str, Any]], who: str, metric: str) -> list[float]:
+    """A metric's value in each run that has it."""
+    found = [run["scores"].get(who, {}).get(metric) for run in runs]
+    return [float(score["value"]) for score in found if score is not None]
+
+
+def minutes(run: dict[str, Any]) -> float:
+    """From the start of the process's work to its report."""
+    start, end = (datetime.datetime.fromisoformat(run[key]) for key in ("started", "finished"))
+    return (end - start).total_seconds() / 60
+
+
+def peak_gib(run: dict[str, Any]) -> float:
+    """The most memory: of the GPU if there was one, else the process's resident set."""
+    memory = run["memory"]
+    return float(memory.get("peak_device") or memory["peak_rss"]) / 2**30
+
+
+def spread(values: Sequence[float], digits: int) -> list[str]:
+    """Mean, standard deviation and range as three cells; a single value has no spread."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) < 2:
+        return [mean, "", ""]
+    return [mean, f"{statistics.stdev(values):.{digits}f}", f"{min(values):.{digits}f} to {max(values):.{digits}f}"]
+
+
+def machine(device: Any) -> str:
+    """The machine in words."""
+    if not isinstance(device, dict):
+        return str(device)
+    ranks = f", {device['world_size']} processes" if device.get("world_size", 1) > 1 else ""
+    if device.get("kind") == "cuda":
+        return f"{device['name']}{ranks}"
+    return f"{device['name']}, {device['threads']} threads, {device['memory_bytes'] / 2**30:.0f} GiB{ranks}"
+
+
+def table(record: dict[str, Any]) -> str:
+    """A record as Markdown: scores before and after, minutes, memory, and where they come from."""
+    runs = record["runs"]
+    seeds = ", ".join(str(run["seeds"]["training"]) for run in runs)
+    count = len(runs)
+    lines = [
+        f"| | before | after, mean of {count} seed{'s' if count > 1 else ''} | sd | lowest to highest |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for metric, (label, digits) in METRICS.items():
+        after = scores_of(runs, "final", metric)
+        if not after:
+            continue
+        before = scores_of(runs, "base", metric)
+        first = f"{statistics.fmean(before):.{digits}f}" if before else ""
+        lines.append(f"| {label} | {' | '.join([first, *spread(after, digits)])} |")
+    lines.append(f"| minutes | | {' | '.join(spread([minutes(run) for run in runs], 1))} |")
+    lines.append(f"| peak memory, GiB | | {' | '.join(spread([peak_gib(run) for run in runs], 2))} |")
+    lines += ["", sentence(record, seeds)]
+    return "\n".join(lines) + "\n"
+
+
+def sentence(record: dict[str, Any], seeds: str) -> str:
+    """What the table's numbers were measured on, with the interval of each run's exact match."""
+    runs = record["runs"]
+    command = f"`{record['command']}`" if len(runs) == 1 else f"`{record['command']}`, training.seed={seeds}"
+    parts = [f"{runs[0]['data']['test']} held-out examples. {command}", f"commit {record['commit'][:10]}"]
+    text = f"{', '.join(parts)}, on {machine(record['device'])}."
+    exact = [(run["seeds"]["training"], run["scores"]["final"].get("exact_match")) for run in runs]
+    intervals = [
+        f"{score['value']:.1f} ({score['low']:.1f} to {score['high']:.1f}) with seed {seed}"
+        for seed, score in exact
+        if score is not None and score.get("low") is not None
+    ]
+    return f"{text} Exact match with its 95 % interval: {', '.join(intervals)}." if intervals else text
+
+
+def block(name: str, results: Path) -> str:
+    """What belongs between the marks of a block."""
+    path = results / f"{name}.json"
+    if not path.exists():
+        return f"Not measured yet: there is no record `docs/results/{name}.json`.\n"
+    return f"\n{table(json.loads(path.read_text('utf-8')))}\nRecord: [{name}.json](docs/results/{name}.json)\n\n"
+
+
+def rewrite(text: str, results: Path) -> str:
+    """The page with every block made anew. Raises ValueError if it has none."""
+    changed, count = BLOCK.subn(lambda found: found[1] + block(found["name"], results) + found[4], text)
+    if count == 0:
+        raise ValueError("the page has no block <!-- results:NAME --> ... <!-- /results -->")
+    return changed
+
+
+def without_folders(command: str) -> str:
+    """The command without where its output went and without the seed, which a record's runs do not share."""
+    words = [w for w in shlex.split(command) if not w.startswith(("output_dir=", "run_dir=", "training.seed="))]
+    return shlex.join(words)
+
+
+def make_record(runs: Sequence[Path]) -> dict[str, Any]:
+    """One record of finished runs. Raises ValueError if they are not repetitions of one thing."""
+    contents = [json.loads((run / "run.json").read_text("utf-8")) for run in runs]
+    for run, content in zip(runs, contents, strict=True):
+        if content["status"] != "finished" or content.get("dirty"):
+            state = "made with uncommitted changes" if content.get("dirty") else content["status"]
+            raise ValueError(f"{run} is {state}; a record holds finished runs of a commit")
+    for what, values in {
+        "commit": {str(content["commit"]) for content in contents},
+        "configuration": {json.dumps(settings(content), sort_keys=True) for content in contents},
+    }.items():
+        if len(values) > 1:
+            raise ValueError(f"the runs have more than one {what}; a record holds repetitions that differ in the seed")
+    contents.sort(key=lambda content: int(content["seeds"]["training"]))
+    kept = [{key: content[key] for key in KEPT if key in content} for content in contents]
+    for run in kept:
+        run["command"] = without_folders(run["command"])
+    first = contents[0]
+    return {
+        "format": 1,
+        "name": first["name"],
+        "command": without_folders(first["command"]),
+        "commit": first["commit"],
+        "device": first["device"],
+        "runs": kept,
+    }
+
+
+def settings(content: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without its folders and its seed."""
+    config = dict(content["config"])
+    for key in ("output_dir", "run_dir", "resume", "tracking"):
+        config.pop(key, None)
+    config["training"] = {key: value for key, value in config["training"].items() if key != "seed"}
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The table of results in README.md, from docs/results/*.json.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is not up to date")
+    parser.add_argument("--record", metavar="NAME", help="first write docs/results/NAME.json of the given run folders")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="another page")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="another folder of records")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders for --record")
+    options = parser.parse_args(argv)
+    if (options.record is None) != (not options.runs):
+        parser.error("--record NAME and run folders go together")
+    try:
+        if options.record is not None:
+            content = json.dumps(make_record(options.runs), indent=1, ensure_ascii=False) + "\n"
+            atomic_write(options.results / f"{options.record}.json", content)
+        text = options.readme.read_text("utf-8")
+        changed = rewrite(text, options.results)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.check:
+        if changed != text:
+            print(f"error: {options.readme} is not what the records give; run {Path(__file__).name}", file=sys.stderr)
+        return int(changed != text)
+    if changed != text:
+        atomic_write(options.readme, changed)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
