@@ -4,7 +4,8 @@
 
 torch's dropout on a CPU draws a whole random number for each element, which costs more than the small products of an
 adapter. One 64-bit draw serves four elements here, so p is rounded to a multiple of 2^-16; the scale uses the rounded
-p, so the mean is kept exactly. On a GPU this is torch's own dropout.
+p, so the mean is kept exactly. On a GPU, and where torch.compile makes and applies the mask in one go, this is torch's
+own dropout.
 
 The bits come from the default generator, so that activation checkpointing, which restores that generator's state,
 makes the same mask when it recomputes.
@@ -37,7 +38,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         raise ValueError(f"dropout probability must be in [0, 1), not {p}")
     if p == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training=True)
     dropped: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
     return dropped

@@ -281,3 +281,23 @@ def test_merged_is_a_plain_model(tmp_path: Path) -> None:
     assert set(plain.state_dict()) == set(tiny_llama().state_dict())
     assert type(plain.model.layers[0].self_attn.q_proj) is nn.Linear
     torch.testing.assert_close(plain(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_compiled_it_computes_the_same(dropout_p: float) -> None:
+    """Without a code generator: what matters is that tracing follows the in-place product and the dropout."""
+    _, leaf = trained(dropout_p=dropout_p)
+    x = torch.randn(3, 12, requires_grad=True)
+    compiled = torch.compile(leaf, backend="aot_eager", fullgraph=True)
+    results = []
+    for call in (leaf, compiled):
+        for evaluate in (True, False):
+            leaf.train(not evaluate)
+            torch.manual_seed(0)
+            out = call(x)
+            results.append([out, *torch.autograd.grad(out.square().sum(), [x, *leaf.adapter_parameters()])])
+    torch.testing.assert_close(results[0], results[2])
+    if dropout_p == 0:
+        torch.testing.assert_close(results[1], results[3])
+    else:
+        assert not torch.equal(results[2][0], results[3][0])
