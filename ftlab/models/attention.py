@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 __all__ = ["Documents", "attention"]
@@ -190,8 +191,9 @@ def sdpa(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, *, causal: bool, mask_B
     return out.transpose(1, 2)
 
 
-# The shapes change with every batch: compiling around this call avoids compiling for each of them.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# The shapes change with every batch: compiling around this call avoids compiling for each of them. Unlike its public
+# twin torch.compiler.disable, this decorator does not import the compiler (over a second) together with this module.
+@_disable_dynamo
 def document_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document. Returns [B, T, H, D].
 
@@ -237,8 +239,7 @@ def attention(
     if documents is not None:
         if mask_BTS is not None or q_BTHD.shape[1] != k_BSKD.shape[1]:
             raise ValueError("packed documents take neither a mask nor a cache")
-        out: Tensor = document_attention(q_BTHD, k_BSKD, v_BSKD, documents)
-        return out
+        return document_attention(q_BTHD, k_BSKD, v_BSKD, documents)
     T, S = q_BTHD.shape[1], k_BSKD.shape[1]
     if mask_BTS is None and T not in (1, S):
         raise ValueError(f"{T} queries over {S} keys need an explicit mask")

@@ -128,6 +128,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear layer that draws no values of its own: they come from a checkpoint or from `loading.initialise`."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they were allocated."""
+
+
+class Embedding(nn.Embedding):
+    """An embedding that draws no values of its own, like `Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they were allocated."""
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -136,10 +150,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -161,9 +175,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -193,7 +207,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -202,18 +216,19 @@ class LlamaForCausalLM(nn.Module):
     """A llama with its head.
 
     With tied embeddings the head has no parameter of its own and `state_dict` no `lm_head.weight`: there is one tensor,
-    so the pair cannot drift apart. Nothing is held in buffers, so a model built on the meta device is complete once its
-    parameters are. The constructor's values are not the model's initialisation: see `ftlab.models.loading`.
+    so the pair cannot drift apart. A new model is on the meta device, without memory or values: `load_model` and
+    `random_llama` give models to use. Nothing is held in buffers, so a model is complete once its parameters are.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
-        self.model = Decoder(config)
         self.lm_head: nn.Linear | None = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        with torch.device("meta"):
+            self.model = Decoder(config)
+            if not config.tie_word_embeddings:
+                self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def blocks(self) -> nn.ModuleList:

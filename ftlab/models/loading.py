@@ -38,13 +38,12 @@ def load_model(
 ) -> LlamaForCausalLM:
     """Build a llama and fill it from a GGUF file or a folder, every weight converted to `dtype` as it is read.
 
-    The model is built without memory and each weight is read slice by slice into its final place, so little more than
-    the final weights is ever held. Missing, unexpected or misshapen tensors, and values that are not finite (in the
-    file, or in `dtype`), raise FtlabError with the names.
+    Each weight is read slice by slice into its final place, so little more than the final weights is ever held.
+    Missing, unexpected or misshapen tensors, and values that are not finite (in the file, or in `dtype`), raise
+    FtlabError with the names.
     """
     source = open_checkpoint(path)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(source.config)
+    model = LlamaForCausalLM(source.config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_names(source, expected)
     state = {name: read_tensor(source, name, dtype, device) for name in expected}
@@ -125,8 +124,7 @@ def initialise(model: LlamaForCausalLM, seed: int) -> None:
 
 def random_llama(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
     """A llama with random fp32 weights on the CPU; the same seed gives the same weights on every machine."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
     model.to_empty(device="cpu")
     initialise(model, seed)
     return model

@@ -52,6 +52,13 @@ def test_nothing_is_left_without_a_value() -> None:
     assert all(torch.equal(m.weight, torch.ones_like(m.weight)) for m in model.modules() if isinstance(m, RMSNorm))
 
 
+def test_a_new_model_takes_no_memory_and_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    model = LlamaForCausalLM(tiny_config(tie_word_embeddings=False))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_random_weights_depend_on_the_seed_alone() -> None:
     state = torch.get_rng_state()
     a, b, c = (random_llama(tiny_config(), seed) for seed in (0, 0, 1))

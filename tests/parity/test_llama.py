@@ -18,7 +18,7 @@ from ftlab.models.checkpoint import save_safetensors
 from ftlab.models.configuration import LlamaConfig, RopeScaling
 from ftlab.models.generation import generate
 from ftlab.models.llama import LlamaForCausalLM
-from ftlab.models.loading import load_model
+from ftlab.models.loading import load_model, random_llama
 from ftlab.models.tokenizer import byte_tokenizer
 from tests.helpers.gguf import write_gguf
 from tests.helpers.models import random_ids, tiny_config, tiny_llama
@@ -182,7 +182,7 @@ def test_a_saved_tokenizer_loads_in_transformers(tmp_path: Path) -> None:
 
 def test_configuration_read_by_both(tmp_path: Path) -> None:
     config = tiny_config(rope_scaling=LLAMA3, eos_token_id=[1, 2], bos_token_id=5)
-    save_safetensors(LlamaForCausalLM(config), tmp_path)
+    save_safetensors(random_llama(config, seed=0), tmp_path)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.rope_parameters["rope_type"] == "llama3"
     theirs.save_pretrained(tmp_path / "again")
