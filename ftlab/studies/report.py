@@ -120,6 +120,8 @@ def _headline(run: RunFolder, changes: Mapping[str, Change]) -> str:
         if "exact_match" not in base:
             return f"Exact match on {count} test records: {after} after training."
         before, verb = base["exact_match"]["value"], _verb(changes.get("exact_match"))
+        if before == final["exact_match"]["value"]:
+            return f"Exact match on {count} test records stayed at {after}."
         return f"Exact match on {count} test records {verb} from {before:.1f}{SPACE}% to {after}."
     if "loss" in final:
         after = f"{final['loss']['value']:.3f} nats per token"
@@ -267,6 +269,8 @@ def _cell(key: str, score: Mapping[str, Any] | None) -> dict[str, str]:
     if not score:
         return {"value": "not scored", "interval": ""}
     interval = "" if score.get("low") is None else f"{_number(key, score['low'])} to {_number(key, score['high'])}"
+    if interval and score["low"] == score["high"]:  # resampling equal scores gives no width; that is not certainty
+        interval = "all records alike"
     return {"value": _number(key, score["value"]), "interval": interval}
 
 
@@ -274,7 +278,7 @@ def _change_cell(key: str, change: Change | None) -> dict[str, str]:
     if change is None:
         return {"value": "", "interval": "", "p": ""}
     interval, p = "", ""
-    if change.low is not None and change.high is not None and change.p is not None:
+    if change.low is not None and change.high is not None and change.p is not None and change.low < change.high:
         p = "p < 0.001" if change.p < 0.001 else f"p = {change.p:.3f}"
         interval = f"{_number(key, change.low, sign=True)} to {_number(key, change.high, sign=True)}"
     return {"value": _number(key, change.value, sign=True), "interval": interval, "p": p}
@@ -343,13 +347,13 @@ def _samples_note(run: RunFolder) -> str:
     if not answers:
         return "There are no answers of the trained model: nothing was generated for the test split."
     right, chosen = sum(map(_is_right, answers)), _chosen(run)
+    note = f"The trained model answered {right} of {len(answers)} test records exactly right."
     if not chosen:
-        return f"The trained model got {right} of {len(answers)} test records exactly right. No samples were asked for."
-    shown, wrong = sum(map(_is_right, chosen)), len(answers) - right
-    note = (
-        f"{len(chosen)} of {len(answers)} test records, drawn with a fixed seed ({SAMPLE_SEED}): {shown} of the "
-        f"{right} that the trained model got exactly right and {len(chosen) - shown} of the {wrong} that it did not. "
-        "The selection shows both kinds; it does not show how often each occurs."
+        return note + " No samples were asked for."
+    shown = sum(map(_is_right, chosen))
+    note += (
+        f" Shown are {shown} right and {len(chosen) - shown} wrong answers, drawn with a fixed seed ({SAMPLE_SEED}) to "
+        "show both kinds as equally as possible, not how often each occurs."
     )
     return note if "base" in run.predictions else note + " The untouched model's answers were not recorded."
 

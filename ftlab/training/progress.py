@@ -32,8 +32,10 @@ def duration(seconds: float) -> str:
 
 
 def memory_size(size: float) -> str:
-    """A number of bytes as GiB, or as MiB below 1 GiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    """A number of bytes as GiB, as MiB below 1 GiB, with a decimal below 10 MiB."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
 
 
 class _Output:
@@ -250,4 +252,6 @@ def _score(score: Mapping[str, Any] | None) -> str:
         return "-"
     if score.get("low") is None:
         return f"{score['value']:.3f}"
+    if score["low"] == score["high"]:  # all records scored alike: resampling them gives no interval
+        return f"{score['value']:.1f}"
     return f"{score['value']:.1f} ({score['low']:.1f}-{score['high']:.1f})"

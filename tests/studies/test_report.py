@@ -198,8 +198,8 @@ def test_the_whole_report(tmp_path: Path) -> None:
     assert f"(95 % interval {final.low:.1f} to {final.high:.1f})" in page.text
     for part in (
         "p < 0.001",
-        "20 of 300 test records",
-        "10 of the",
+        "59 of 300 test records exactly right",
+        "10 right and 10 wrong answers",
         "4,884,480",
         "3.50 %",
         "Gargano et al.",
@@ -287,14 +287,19 @@ def test_a_run_without_generation(tmp_path: Path) -> None:
 
 def test_a_difference_within_its_interval_is_not_called_a_gain(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
-    same = (run_dir / "predictions" / "final.jsonl").read_text()
-    (run_dir / "predictions" / "base.jsonl").write_text(same)
+    almost = [json.loads(line) for line in (run_dir / "predictions" / "final.jsonl").read_text().splitlines()]
+    first_right = next(line for line in almost if line["prediction"] == line["reference"])
+    first_right["prediction"] = "something else"
+    (run_dir / "predictions" / "base.jsonl").write_text("".join(json.dumps(line) + "\n" for line in almost))
     content = json.loads((run_dir / "run.json").read_text())
-    content["scores"]["base"] = content["scores"]["final"]
+    content["scores"]["base"] = {name: s.as_dict() for name, s in score(read_run(run_dir).predictions["base"]).items()}
     (run_dir / "run.json").write_text(json.dumps(content))
     source = write_report(run_dir).read_text("utf-8")
     assert "did not clearly change" in source
     assert 'class="good">+' not in source
+    content["scores"]["base"] = content["scores"]["final"]
+    (run_dir / "run.json").write_text(json.dumps(content))
+    assert "stayed at" in write_report(run_dir).read_text("utf-8")
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted", "running"])
@@ -308,6 +313,18 @@ def test_a_run_that_did_not_finish(tmp_path: Path, status: str) -> None:
     assert "Validation loss went from" in text
     assert "The test split was not scored" in text
     assert ("5 steps in a row" in text) == (status != "running")
+
+
+def test_an_interval_without_width_is_not_shown_as_one(tmp_path: Path) -> None:
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "signature": "bleu"}
+    run_dir = make_run(
+        tmp_path / "run", scores={"base": {"bleu": nothing}, "final": {"bleu": {**nothing, "high": 1.5}}}
+    )
+    remove_predictions(run_dir)
+    text = page_of(run_dir).text
+    assert "all records alike" in text
+    assert "0.0 to 0.0" not in text
+    assert "0.0 to 1.5" in text
 
 
 def test_trouble_is_shown(tmp_path: Path) -> None:

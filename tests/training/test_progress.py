@@ -83,6 +83,7 @@ def test_summary_shows_before_and_after() -> None:
             "final": {
                 "exact_match": {"value": 20.7, "low": 16.5, "high": 25.6},
                 "loss": {"value": 1.25, "low": None, "high": None},
+                "bleu": {"value": 0.0, "low": 0.0, "high": 0.0},
             },
         },
         "timings": {"training": 300.0, "validation": 30.0, "test_final": 20.0},
@@ -92,7 +93,8 @@ def test_summary_shows_before_and_after() -> None:
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert lines[1] == ["exact_match", "0.0", "(0.0-1.3)", "20.7", "(16.5-25.6)"]
     assert lines[2] == ["loss", "-", "1.250"]
-    assert " ".join(lines[3]) == "time 5 min 20 s, peak memory 2.00 GiB"  # validation is part of training
+    assert lines[3] == ["bleu", "-", "0.0"]
+    assert " ".join(lines[4]) == "time 5 min 20 s, peak memory 2.00 GiB"  # validation is part of training
     empty = io.StringIO()
     Progress(stream=empty).summary({"status": "failed"})
     assert empty.getvalue() == ""
@@ -186,3 +188,4 @@ def test_duration(seconds: float, text: str) -> None:
 def test_memory_size() -> None:
     assert memory_size(3 * 2**29) == "1.50 GiB"
     assert memory_size(2**29) == "512 MiB"
+    assert memory_size(2**19) == "0.5 MiB"
