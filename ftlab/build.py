@@ -54,6 +54,7 @@ class DataSet:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    notes: tuple[str, ...] = ()  # what the user should know of the data as loaded
 
 
 @dataclass
@@ -110,10 +111,24 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     def encode(records: list[Record]) -> list[Example]:
         return encode_all(records, template, tokenizer, config.data)
 
-    train = encode(splits.train)
+    train, validation, test = (encode(side) for side in (splits.train, splits.validation, splits.test))
     if not train:
         raise FtlabError(f"{source.name} has no training example left; look at data.max_length and data.too_long")
-    return DataSet(source, splits, template, train, encode(splits.validation), encode(splits.test))
+    kept = [_kept(side, examples) for side, examples in ((splits.validation, validation), (splits.test, test))]
+    notes = list(source.notes)
+    dropped = sum(len(side) for side in (splits.train, splits.validation, splits.test))
+    if dropped := dropped - len(train) - len(validation) - len(test):
+        notes.append(f"{dropped} records are longer than data.max_length={config.data.max_length} and were dropped")
+    if cut := sum(example.truncated for side in (train, validation, test) for example in side):
+        notes.append(f"{cut} prompts were cut from the left to data.max_length={config.data.max_length}")
+    splits = Splits(splits.train, *kept)
+    return DataSet(source, splits, template, train, validation, test, tuple(notes))
+
+
+def _kept(records: list[Record], examples: list[Example]) -> list[Record]:
+    """The records that became examples, so that loss and generations are measured on the same ones."""
+    ids = {example.id for example in examples}
+    return [record for record in records if record.id in ids]
 
 
 def build_training(config: Config, model: LlamaForCausalLM, method: Method, ranks: Ranks, config_hash: str) -> Built:

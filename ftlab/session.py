@@ -234,7 +234,7 @@ class _Session:
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)"
         )
 
-        for note in data.source.notes:
+        for note in data.notes:
             self.tell(note)
 
     def _measurer(self, data: build.DataSet, tokenizer: Tokenizer, built: build.Built) -> Measurer:

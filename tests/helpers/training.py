@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,34 +115,35 @@ class SilentProgress:
         self.messages.append(text)
 
 
-def lora_fit(
-    folder: Path,
-    *,
-    total_steps: int = 12,
-    ranks: Ranks | None = None,
-    dropout: float = 0.3,
-    examples: list[Example] | None = None,
-    validate: Callable[[int], dict[str, float]] | None = None,
-    validate_at: frozenset[int] = frozenset(),
-    checkpoint: CheckpointConfig | None = None,
-    on_step: Callable[..., None] | None = None,
-    model: LlamaForCausalLM | None = None,
-    max_bad_steps: int = 5,
-    data: DataConfig | None = None,
-    seed: int = 0,
-) -> tuple[TrainState, Fit]:
-    """A LoRA run with dropout, shuffling and packing on the tiny model."""
-    ranks = ranks or Ranks()
-    model = model or tiny_llama()
-    method = make_method(LoRAConfig(rank=4, alpha=8.0, dropout=dropout), seed=seed)
+@dataclass
+class Setting:
+    """What a test may change about `lora_fit`."""
+
+    total_steps: int = 12
+    ranks: Ranks = field(default_factory=Ranks)
+    dropout: float = 0.3
+    examples: list[Example] = field(default_factory=lambda: ragged_examples(16))
+    validate: Callable[[int], dict[str, float]] = lambda step: {"loss": 1.0 / step}
+    validate_at: frozenset[int] = frozenset()
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every_steps=3, every_minutes=None))
+    on_step: Callable[..., None] | None = None
+    max_bad_steps: int = 5
+    data: DataConfig = field(default_factory=lambda: data_config(packing=True))
+
+
+def lora_fit(folder: Path, **changes: Any) -> tuple[TrainState, Fit]:
+    """A LoRA run with dropout, shuffling and packing on the tiny model; `changes` are fields of `Setting`."""
+    setting = Setting(**changes)
+    ranks, data = setting.ranks, setting.data
+    model = tiny_llama()
+    method = make_method(LoRAConfig(rank=4, alpha=8.0, dropout=setting.dropout), seed=0)
     table = method.apply(model)
     precision = Precision(PrecisionConfig(), ranks.device)
     precision.store(model)
     optimizer = build_optimizer(AdamWConfig(lr=1e-2, weight_decay=0.1), model, table)
-    torch.manual_seed(seed * 1000 + ranks.rank)
+    torch.manual_seed(ranks.rank)
     model.train()
-    settings = data or data_config(packing=True)
-    loader = RowLoader(examples or ragged_examples(16), settings, seed=seed, pad_id=1)
+    loader = RowLoader(setting.examples, data, seed=0, pad_id=1)
     progress: Any = SilentProgress()
     tracker: Any = SilentTracker()
     run = Fit(
@@ -149,15 +151,15 @@ def lora_fit(
         loader=loader,
         schedule=lambda step: 1.0 / (1 + step),
         penalties=[],
-        limits=Limits(total_steps, validate_at, 1, max_bad_steps, 1.0),
-        checkpoint=checkpoint or CheckpointConfig(every_steps=3, every_minutes=None),
+        limits=Limits(setting.total_steps, setting.validate_at, 1, setting.max_bad_steps, 1.0),
+        checkpoint=setting.checkpoint,
         checkpoints=Checkpoints(folder, 2, progress.message),
         tracker=tracker,
         progress=progress,
         stop=StopSignal(),
-        validate=validate or (lambda step: {"loss": 1.0 / step}),
-        micro_batch_size=settings.micro_batch_size,
-        on_step=on_step,
+        validate=setting.validate,
+        micro_batch_size=data.micro_batch_size,
+        on_step=setting.on_step,
     )
     return TrainState(model, optimizer, precision, "hash"), run
 
