@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -122,11 +123,21 @@ class RunRecord:
             old = self.content.get(key)
             self.content[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
         if self._enabled:
-            atomic_write(self.path, json.dumps(self.content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            text = json.dumps(_writable(self.content), indent=2, ensure_ascii=False, allow_nan=False)
+            atomic_write(self.path, text + "\n")
 
     def end(self, status: str) -> None:
         """Note how the run ended and when."""
         self.update(status=status, finished=_now())
+
+
+def _writable(value: Any) -> Any:
+    """The content as JSON can hold it: a number that is not finite becomes the text nan, inf or -inf."""
+    if isinstance(value, dict):
+        return {key: _writable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _module_name() -> str:
