@@ -33,7 +33,6 @@ import importlib.util
 import itertools
 import json
 import os
-import resource
 import shlex
 import statistics
 import subprocess
@@ -159,7 +158,7 @@ def table(summary: Mapping[str, Mapping[str, float | None]]) -> str:
 
 def agreement(runs: Sequence[Mapping[str, Any]]) -> float | None:
     """The largest difference between the two frameworks' fp32 losses of one step; None unless both ran."""
-    losses = {run["contestant"]: run["losses"] for run in runs}
+    losses: dict[str, list[float]] = {run["contestant"]: run["losses"] for run in runs}
     if not {"hf-fp32", "ftlab-fp32"} <= losses.keys():
         return None
     return max(abs(a - b) for a, b in zip(losses["hf-fp32"], losses["ftlab-fp32"], strict=True))
@@ -305,6 +304,8 @@ def train_hf(work: Path, settings: Settings, name: str, run: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    from ftlab.training.record import peak_rss_bytes
+
     torch.set_num_threads(settings.threads)
     _, compute, frozen = CONTESTANTS[name]
     content = json.loads((work / EXAMPLES).read_text("utf-8"))
@@ -315,14 +316,14 @@ def train_hf(work: Path, settings: Settings, name: str, run: str) -> None:
             steps[key] += sizes
         return padded(rows, content["pad_id"])
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class Watch(TrainerCallback):
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
             steps["times"].append(time.time())
-            steps["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            steps["peak_rss"] = peak_rss_bytes()
 
-        def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, float], **named: Any) -> None:
-            if "loss" in logs:
-                steps["losses"].append(logs["loss"])
+        def on_log(self, *arguments: Any, **named: Any) -> None:
+            if "loss" in named["logs"]:  # the last call has the run's totals instead
+                steps["losses"].append(named["logs"]["loss"])
 
     dtype = torch.bfloat16 if frozen == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(work / BASE, dtype=dtype)
@@ -351,7 +352,7 @@ def train_hf(work: Path, settings: Settings, name: str, run: str) -> None:
     )
     trainer = Trainer(model, arguments, data_collator=collate, train_dataset=content["train"], callbacks=[Watch()])
     trainer.train()
-    model.save_pretrained(work / run / "adapter")
+    model.save_pretrained(str(work / run / "adapter"))
     atomic_write(work / run / "steps.json", json.dumps(steps))
 
 

@@ -62,7 +62,10 @@ def losses_of(metrics: Path) -> list[float]:
 
 def call(command: Sequence[str], cwd: Path, what: str, environment: dict[str, str] | None = None) -> str:
     """Run a command to its end and return what it printed; CompareError with its last line if it fails."""
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompareError(f"{what}: {command[0]} cannot be started: {error.strerror}") from None
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
         raise CompareError(f"{what}: {said}")
