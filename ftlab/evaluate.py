@@ -1,16 +1,22 @@
-"""``python -m ftlab.evaluate run=DIR``: score a run, or the untouched base model, on one split."""
+"""``python -m ftlab.evaluate run=DIR``: score a run, its untouched base model, or both, on one split."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ftlab.arguments import guarded, parse
 from ftlab.errors import ConfigError
 
+if TYPE_CHECKING:
+    from ftlab.config import Config
+    from ftlab.evaluation.measure import Measured
+    from ftlab.training.parallel import Ranks
+
 __all__ = ["EvaluateArguments", "main"]
 
-_USAGE = "usage: python -m ftlab.evaluate run=DIR [split=test] [base=false] [limit=N] [out=FILE.json]"
+_USAGE = "usage: python -m ftlab.evaluate run=DIR [split=test] [base=also] [limit=N] [out=FILE.json]"
 
 
 @dataclass
@@ -19,7 +25,9 @@ class EvaluateArguments:
 
     run: str = field(metadata={"help": "folder of a run"})
     split: str = field(default="test", metadata={"help": "train, validation or test"})
-    base: bool = field(default=False, metadata={"help": "score the pretrained model without what was trained"})
+    base: str = field(
+        default="no", metadata={"help": "the pretrained model too, for one before/after table: no, also or only"}
+    )
     limit: int | None = field(default=None, metadata={"help": "only the first N records of the split"})
     batch_size: int | None = field(default=None, metadata={"help": "examples in one forward pass; null: the run's"})
     device: str | None = field(default=None, metadata={"help": "auto, cpu or cuda; null: the run's"})
@@ -30,45 +38,51 @@ def _run(argv: list[str]) -> int:
     arguments, words = parse(EvaluateArguments, argv, _USAGE)
     if words:
         raise ConfigError(f"{words[0]}: not a setting; {_USAGE}")
+    if arguments.base not in ("no", "also", "only"):
+        raise ConfigError(f"base={arguments.base}: give no, also or only")
     if arguments.split not in ("train", "validation", "test"):
         raise ConfigError(f"split={arguments.split}: give train, validation or test")
 
     import json
 
-    from ftlab import build
-    from ftlab.evaluation.measure import Measurer
     from ftlab.files import atomic_write
-    from ftlab.open_run import open_run, parallel_of, read_config
-    from ftlab.studies.tables import score_table
+    from ftlab.open_run import parallel_of, read_config
     from ftlab.training.parallel import start_ranks
+    from ftlab.training.progress import score_lines
 
-    run_dir = Path(arguments.run)
-    config, _ = read_config(run_dir)
+    config, _ = read_config(Path(arguments.run))
     with start_ranks(parallel_of(config, arguments.device)) as ranks:
-        opened = open_run(run_dir, base=arguments.base, ranks=ranks)
-        data = build.build_data(config, opened.tokenizer)
-        examples = getattr(data, arguments.split)[: arguments.limit]
-        records = getattr(data.splits, arguments.split)[: arguments.limit]
-        settings = replace(config.evaluation, batch_size=arguments.batch_size or config.evaluation.batch_size)
-        measurer = Measurer(
-            settings, opened.tokenizer, data.template, build.loss_sum_of(config), opened.precision.autocast, ranks
-        )
-        measured = measurer.measure(opened.model, examples, records if settings.generate else [])
+        measured = {}
+        if arguments.base != "no":
+            measured["before"] = _measure(arguments, config, ranks, base=True)
+        if arguments.base != "only":
+            measured["after"] = _measure(arguments, config, ranks, base=False)
         if not ranks.is_main:
             return 0
-        title = f"{'base model' if arguments.base else run_dir} on {arguments.split} ({len(examples)} examples)"
-        print(score_table(title, {name: score.as_dict() for name, score in measured.scores.items()}))
-        if arguments.out is not None:
-            content = {
-                "run": str(run_dir),
-                "base": arguments.base,
-                "split": arguments.split,
-                "scores": {name: score.as_dict() for name, score in measured.scores.items()},
-                "predictions": [prediction.as_dict() for prediction in measured.predictions],
-            }
-            atomic_write(Path(arguments.out), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-            print(f"written to {arguments.out}")
+    scores = {who: {name: score.as_dict() for name, score in result.scores.items()} for who, result in measured.items()}
+    print("\n".join(score_lines(f"{arguments.split} split", scores)))
+    if arguments.out is not None:
+        answers = {who: [answer.as_dict() for answer in result.predictions] for who, result in measured.items()}
+        content = {"run": arguments.run, "split": arguments.split, "scores": scores, "predictions": answers}
+        atomic_write(Path(arguments.out), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        print(f"written to {arguments.out}")
     return 0
+
+
+def _measure(arguments: EvaluateArguments, config: Config, ranks: Ranks, *, base: bool) -> Measured:
+    from ftlab import build
+    from ftlab.evaluation.measure import Measurer
+    from ftlab.open_run import open_run
+
+    opened = open_run(Path(arguments.run), base=base, ranks=ranks)
+    data = build.build_data(config, opened.tokenizer)
+    examples = getattr(data, arguments.split)[: arguments.limit]
+    records = getattr(data.splits, arguments.split)[: arguments.limit]
+    settings = replace(config.evaluation, batch_size=arguments.batch_size or config.evaluation.batch_size)
+    measurer = Measurer(
+        settings, opened.tokenizer, data.template, build.loss_sum_of(config), opened.precision.autocast, ranks
+    )
+    return measurer.measure(opened.model, examples, records if settings.generate else [])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -233,6 +233,9 @@ class _Session:
             f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test examples; "
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)"
         )
+        for row in rows:
+            how = f"trains, rate x {row['lr_scale']:g}" if row["trainable"] else "frozen"
+            self.progress.message(f"  {row['count']:>13,} in {row['tensors']:>4} tensors  {how:<18}  {row['rule']}")
 
         for note in data.notes:
             self.tell(note)

@@ -209,12 +209,12 @@ def test_evaluate_and_generate_read_the_run(finished: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    call("ftlab.evaluate", "run=run", "out=again.json")
+    table = call("ftlab.evaluate", "run=run", "base=also", "out=again.json")
+    assert "before" in table
     again = json.loads((finished.parent / "again.json").read_text())["scores"]
-    assert again["loss"]["value"] == pytest.approx(ended(finished)["scores"]["final"]["loss"]["value"], rel=1e-6)
-    call("ftlab.evaluate", "run=run", "base=true", "out=base.json")
-    base = json.loads((finished.parent / "base.json").read_text())["scores"]
-    assert base["loss"]["value"] == pytest.approx(ended(finished)["scores"]["base"]["loss"]["value"], rel=1e-6)
+    for now, then in (("before", "base"), ("after", "final")):
+        expected = ended(finished)["scores"][then]["loss"]["value"]
+        assert again[now]["loss"]["value"] == pytest.approx(expected, rel=1e-6)
     call("ftlab.generate", "run=run", "max_new_tokens=4", "What is the capital of France?")
     call("ftlab.export", "run=run", "out=exported")
     assert (finished.parent / "exported" / "model.safetensors").exists()

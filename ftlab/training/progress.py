@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
-__all__ = ["Progress", "duration", "memory_size"]
+__all__ = ["Progress", "duration", "memory_size", "score_lines"]
 
 LABELS = {
     "data": "reading the data",
@@ -228,14 +228,20 @@ def _measurements(values: Mapping[str, float]) -> list[str]:
     return [*parts, *([memory_size(values["memory_bytes"])] if "memory_bytes" in values else [])]
 
 
+def score_lines(title: str, columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Scores side by side as aligned text: a heading, then a line per metric. A column is metric -> score."""
+    names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
+    lines = [f"{title:<14}" + "".join(f"{heading:>22}" for heading in columns) + "   (95 % interval)"]
+    for name in names:
+        lines.append(f"{name:<14}" + "".join(f"{_score(scores.get(name)):>22}" for scores in columns.values()))
+    return lines
+
+
 def _summary_lines(record: Mapping[str, Any]) -> list[str]:
     """The table of scores as aligned text, then one line of time and memory."""
     scores = record.get("scores", {})
     base, final = scores.get("base", {}), scores.get("final", {})
-    lines = []
-    if final:
-        lines.append(f"{'test split':<14}{'before':>22}{'after':>22}   (95 % interval)")
-        lines += [f"{name:<14}{_score(base.get(name)):>22}{_score(final[name]):>22}" for name in final]
+    lines = score_lines("test split", {"before": base, "after": final}) if final else []
     facts = []
     if timings := record.get("timings", {}):
         nested = timings.get("validation", 0.0) if "training" in timings else 0.0  # lies within training
