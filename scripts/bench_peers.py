@@ -456,17 +456,15 @@ def git(*words: str) -> str | None:
 
 
 def record(
-    settings: Settings, facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], started: str
+    settings: Settings, facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], started: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of the JSON record; docs/results/README.md explains it."""
     return {
         "format": 1,
         "name": "bench_peers",
         "command": shlex.join(["python", "scripts/bench_peers.py", *sys.argv[1:]]),
-        "started": started,
+        **started,
         "finished": now(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "packages": facts["packages"],
         "device": facts["machine"],
         "model": facts["model"],
@@ -483,7 +481,14 @@ def record(
     }
 
 
+def beginning() -> dict[str, Any]:
+    """When the comparison began, and of which state of the code it is."""
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"started": now(), "commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
 def now() -> str:
+    """The time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -526,7 +531,7 @@ def compare(chosen: argparse.Namespace) -> int:
         tiny=chosen.tiny,
     )
     names = [name for name in CONTESTANTS if name in chosen.only]
-    started = now()
+    started = beginning()
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
         work = Path(folder)
         start_role("prepare", work, settings)

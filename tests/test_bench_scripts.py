@@ -175,10 +175,10 @@ def test_batches_are_padded_on_the_right_and_padding_is_not_learnt(peers: Module
 def test_every_key_of_the_record_is_explained(peers: ModuleType) -> None:
     runs = [a_run("hf-fp32", 100.0, 400, losses=[1.0]), a_run("ftlab-fp32", 100.0, 400, losses=[1.25])]
     facts = {"machine": {}, "packages": {}, "data": {}, "model": "m"}
-    content = peers.record(peers.Settings(dropout=0.0), facts, runs, "now")
+    content = peers.record(peers.Settings(dropout=0.0), facts, runs, peers.beginning())
     assert json.loads(json.dumps(content)) == content
     assert content["largest_fp32_loss_difference"] == 0.25
-    assert peers.record(peers.Settings(), facts, runs, "now")["largest_fp32_loss_difference"] is None
+    assert peers.record(peers.Settings(), facts, runs, {})["largest_fp32_loss_difference"] is None
     found = peers.figures(STEPS, {"tokens": [50, 60, 40], "supervised": [5, 6, 4]})
     explained = (ROOT / "docs" / "results" / "README.md").read_text("utf-8")
     missing = [key for key in {**content, **found, **content["summary"]["hf-fp32"]} if f"`{key}`" not in explained]
