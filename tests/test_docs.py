@@ -1,0 +1,485 @@
+"""The pages keep their word: commands parse and run, examples work, links lead somewhere, the tree is the tree.
+
+A fenced block `bash` holds commands. Every one of them goes through the real command line with the task replaced
+(so a misspelt key, a missing file or a wrong type fails), and is then run, small, in the order of its page, in a folder
+where the page's named examples (```python group_lasso.py) have been saved. Lines of other blocks that begin with a
+program of ours are commands too. A command that nothing here can check is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ftlab.compose import command, compose, run_command
+from ftlab.evaluate import EvaluateArguments
+from ftlab.export import ExportArguments
+from ftlab.generate import GenerateArguments
+from ftlab.schema import NOT_HASHED
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+SETTINGS = {"evaluate": EvaluateArguments, "export": ExportArguments, "generate": GenerateArguments}
+PROGRAMS = ("python -m", "python scripts/", "torchrun", "scripts/")
+
+
+# --- reading pages ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: ```language name."""
+
+    language: str
+    name: str
+    text: str
+
+
+def blocks(text: str) -> list[Block]:
+    found = re.finditer(r"^```(\w*)[ ]?(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [Block(match[1], match[2], match[3]) for match in found]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command of a page, in order."""
+    found = []
+    fence = ""
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("```"):
+            fence = "" if fence else line.strip("`").split(" ")[0] or "text"
+            continue
+        indented = not fence and line.startswith("    ") and line.strip().startswith(PROGRAMS)
+        if (fence == "bash" or indented) and (words := shlex.split(line, comments=True)):
+            found.append(words)
+    return found
+
+
+def links(text: str) -> list[str]:
+    """Relative targets of links and images, without anchors."""
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)\)", outside)
+    return [target.split("#")[0] for target in targets if "://" not in target and not target.startswith("#")]
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+WITH_COMMANDS = [page for page in PAGES if commands(page.read_text("utf-8"))]
+
+
+# --- checking commands ------------------------------------------------------------------------------------------------
+
+
+class UncheckedError(Exception):
+    """No check knows this command."""
+
+
+def split_command(words: list[str]) -> tuple[str, list[str]]:
+    """What of ours is called (train, evaluate, ..., test.sh) and its arguments."""
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(words[1:])
+        if not options.module:
+            raise UncheckedError(shlex.join(words))
+        words = ["python", "-m", options.training_script, *options.training_script_args]
+    if words[0] == "scripts/run.sh":
+        return "train", words[1:] or ["+experiment=lora_medical"]
+    if words[0].startswith(("scripts/", ".ci/")):
+        return words[0], words[1:]
+    if words[:2] == ["python", "-m"] and words[2].startswith("ftlab."):
+        return words[2].removeprefix("ftlab."), words[3:]
+    if words[0] == "python" and words[1].startswith("scripts/"):
+        return words[1], words[2:]
+    if words == ["source", ".venv/bin/activate"]:
+        return "activate", []
+    raise UncheckedError(shlex.join(words))
+
+
+def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a command through the real parsing of its program. Raises, or fails an assertion, if it is wrong."""
+    what, arguments = split_command(words)
+    if what == "train":
+        # A sweep's combinations are all composed and checked; what launches them is left out.
+        with monkeypatch.context() as patched:
+            patched.setattr(command, "launch", lambda composer, overrides, job: 0)
+            assert run_command(arguments, lambda config, resolved: 0) == 0, shlex.join(words)
+    elif what in SETTINGS:
+        command_line = importlib.import_module("ftlab.arguments").parse(SETTINGS[what], arguments, what)
+        assert command_line[1] or what != "generate", "a prompt is missing"
+    elif what == "data":
+        with monkeypatch.context() as patched:
+            patched.setattr("ftlab.data.__main__.inspect", lambda options: None)
+            assert importlib.import_module("ftlab.data.__main__").main(arguments) == 0
+    elif what == "assets":
+        assets = importlib.import_module("ftlab.assets")
+        assert arguments
+        assert all(assets.parse_location(location) for location in arguments)
+    elif what == "activate":
+        assert 'venv="${FTLAB_VENV:-$root/.venv}"' in (ROOT / "scripts" / "_env.sh").read_text("utf-8")
+    else:
+        check_script(what, arguments)
+
+
+def check_script(script: str, arguments: list[str]) -> None:
+    """A script that exists and whose source knows every flag; files given to it exist."""
+    source = (ROOT / script).read_text("utf-8")
+    for word in arguments:
+        if word.startswith("--"):
+            assert word.split("=")[0] in source, f"{script} has no {word}"
+        elif word.startswith(("tests/", "scripts/")):
+            assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "python -m ftlab.train +experiment=lora_medicla",
+        "python -m ftlab.train +experiment=lora_medical method.rnk=8",
+        "python -m ftlab.train data=files data.train=absent.jsonl",
+        "python -m ftlab.train -m +experiment=full_tiny training.seed=0,x",
+        "scripts/run.sh +experiment=full_tiny optimizer.lr=abc",
+        "torchrun --nprocs-per-node 2 -m ftlab.train +experiment=full_tiny",
+        "torchrun --nproc-per-node 2 -m ftlab.train +experiment=full_tiny method.rank=0",
+        "python -m ftlab.evaluate run=runs/first splitt=test",
+        "python -m ftlab.generate run=runs/first",
+        "python -m ftlab.data inspekt capitals",
+        "python -m ftlab.trian",
+        "scripts/test.sh --no-netwrok",
+        "scripts/test.sh tests/absent.py",
+        "python scripts/absent.py",
+        "make all",
+    ],
+)
+def test_a_wrong_command_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((Exception, SystemExit)):
+        check(shlex.split(wrong), monkeypatch)
+
+
+# --- running them, small ----------------------------------------------------------------------------------------------
+
+TINY = {
+    "model": "tiny_random",
+    "model.num_layers": "1",
+    "model.hidden_size": "32",
+    "data.template": "plain",
+    "data.batch_size": "2",
+    "data.micro_batch_size": "1",
+    "data.max_length": "256",
+    "data.row_length": "256",
+    "data.limit_train": "8",
+    "data.limit_validation": "2",
+    "data.limit_test": "2",
+    "evaluation.times": "1",
+    "evaluation.generate": "false",
+    "evaluation.bootstrap": "100",
+    "evaluation.max_new_tokens": "4",
+    "training.max_steps": "2",
+    "training.preflight": "false",
+    "parallel.threads": "1",
+    "tracking": "disabled",
+    "checkpoint.every_steps": "1",
+}
+TOO_LARGE = ("model.", "tracking.")  # keys of the page that make no sense beside these
+SWEPT_VALUES = 2  # values that are kept of the first swept key; of further keys the first alone
+
+
+def small(arguments: list[str]) -> list[str]:
+    """The same command line on a tiny random model: two steps, a handful of examples, no download."""
+    kept: list[str] = []
+    swept = 0
+    ours = dict(TINY)
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals or word.startswith("-"):
+            kept.append(word)
+        elif key == "+experiment":
+            kept += ["+experiment=full_tiny", *(["method=lora"] if value.startswith("lora") else [])]
+        elif key == "resume" and value not in ("auto", "never"):
+            kept.append(f"resume={newest_checkpoint(Path(value).parent)}")
+        elif key not in ours and not key.startswith(TOO_LARGE):
+            if "-m" in arguments and re.fullmatch(r"[^\[\](){}']+", value) and "," in value:
+                swept += 1
+                value = ",".join(value.split(",")[: SWEPT_VALUES if swept == 1 else 1])
+            kept.append(f"{key}={value}")
+    if not any(word.startswith(("data=", "+experiment=")) for word in kept):
+        kept.append("data=capitals")
+    return [*kept, *(f"{key}={value}" for key, value in ours.items())]
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    return max(entry for entry in folder.iterdir() if entry.name.startswith("step-"))
+
+
+def execute(words: list[str]) -> int | None:
+    """Run a command in this process, small; None: it needs a download, two processes or a whole suite."""
+    what, arguments = split_command(words)
+    if words[0] == "torchrun" or what not in ("train", "data", *SETTINGS):
+        return None
+    if what != "train" and any(word.startswith(("hpo", "pypi:", "hf:")) for word in arguments):
+        return None
+    if what == "train" and not any(word.startswith("-") for word in arguments):
+        return int(importlib.import_module("ftlab.session").train(*compose(small(arguments))))  # as the command does
+    module = importlib.import_module("ftlab.data.__main__" if what == "data" else f"ftlab.{what}")
+    return int(module.main(small(arguments) if what == "train" else arguments))
+
+
+def save_examples(page: Path, folder: Path) -> None:
+    """Save the named blocks of a page, and a my.jsonl in case that it speaks of one without showing it."""
+    shutil.copy(ROOT / "ftlab/data/examples/capitals.jsonl", folder / "my.jsonl")
+    for block in blocks(page.read_text("utf-8")):
+        if block.name:
+            (folder / block.name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.name).write_text(block.text, "utf-8")
+
+
+@pytest.fixture
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder whose modules can be imported, and are forgotten afterwards."""
+    monkeypatch.setenv("FTLAB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def placeholder_checkpoint(words: list[str]) -> Iterator[None]:
+    """The checkpoint that `resume=path` of a page names, for as long as the command line is checked."""
+    paths = [Path(word.removeprefix("resume=")) for word in words if word.startswith("resume=") and "/" in word]
+    for path in paths:
+        path.mkdir(parents=True)
+    yield
+    for path in paths:
+        path.rmdir()
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=named)
+def test_commands_of_a_page_work_in_their_order(
+    page: Path, story: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_examples(page, story)
+    if page != README:  # drawing the curves is half of so small a run
+        monkeypatch.setattr("ftlab.session.write_report", lambda run_dir: run_dir)
+    for words in commands(page.read_text("utf-8")):
+        with placeholder_checkpoint(words):
+            check(words, monkeypatch)
+        code = execute(words)
+        captured = capsys.readouterr()
+        assert not code, shlex.join(words) + "\n" + captured.out + captured.err
+    PROMISES.get(named(page), lambda folder: None)(story)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """run.json of every run, the last started one last."""
+    files = sorted((folder / "runs").glob("*/run.json"), key=lambda file: file.stat().st_mtime_ns)
+    return [json.loads(file.read_text("utf-8")) for file in files]
+
+
+def readme_promises(folder: Path) -> None:
+    assert (folder / "runs/first/report.html").stat().st_size > 0
+    assert (folder / "runs/first/adapter/adapter_config.json").exists()
+    assert (folder / "runs/first.1/report.html").exists(), "resume=never sets the earlier run aside"
+    assert (folder / "exported/model.safetensors").exists()
+    assert json.loads((folder / "scores.json").read_text("utf-8"))["scores"].keys() == {"before", "after"}
+    (mine,) = [record for record in records(folder) if record["name"] == "mine"]
+    assert (mine["data"]["train"], mine["data"]["validation"], mine["data"]["test"]) == (4, 1, 0)
+    lasso = [path for path in (folder / "runs").glob("*/metrics.jsonl") if "penalty/group_lasso" in path.read_text()]
+    assert len(lasso) == 1, "the sweep's second run is the command before it; its first one, of strength 0, has none"
+
+
+def sweep_promises(folder: Path) -> None:
+    """The folders and files of docs/sweeps.md, and that nothing is run twice."""
+    sweeps = sorted((folder / "runs/sweeps").iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
+    content = json.loads((sweeps[0] / "sweep.json").read_text("utf-8"))
+    assert content["swept"] == ["regularizer.l2_sp.strength"]
+    assert content["runs"][0].keys() == {"trial", "status", "validation_loss", "scores"}
+    assert (sweeps[0] / "sweep.html").exists()
+    assert (sweeps[0] / "trials/0000.json").exists()
+    assert (sweeps[0] / "multirun.yaml").exists()
+    again, more = (json.loads((entry / "sweep.json").read_text("utf-8"))["runs"] for entry in sweeps[-2:])
+    assert [run["trial"]["run_dir"] for run in again] == [run["trial"]["run_dir"] for run in more]
+    assert not list((folder / "runs").glob("full_tiny-*.1")), "nothing was run twice"
+
+
+def regularizer_promises(folder: Path) -> None:
+    metrics = [path.read_text("utf-8") for path in (folder / "runs").glob("*/metrics.jsonl")]
+    assert any("penalty/l2_sp" in text for text in metrics)
+    assert any("penalty/even_spread" in text for text in metrics)
+
+
+PROMISES: dict[str, Callable[[Path], None]] = {
+    "README.md": readme_promises,
+    "docs/sweeps.md": sweep_promises,
+    "docs/regularizer.md": regularizer_promises,
+}
+
+
+# --- generated numbers ------------------------------------------------------------------------------------------------
+
+
+def load_script() -> ModuleType:
+    """scripts/readme_results.py as a module."""
+    spec = importlib.util.spec_from_file_location("readme_results", ROOT / "scripts" / "readme_results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_run(folder: Path, seed: int, exact: float, **changes: Any) -> Path:
+    """A run folder with what a record takes of it."""
+    score = {"value": exact, "low": exact - 3, "high": exact + 3, "signature": ""}
+    content = {
+        "name": "job",
+        "status": "finished",
+        "dirty": False,
+        "commit": "c" * 40,
+        "command": f"python -m ftlab.train +experiment=job output_dir=elsewhere training.seed={seed}",
+        "started": "2026-01-01T00:00:00+00:00",
+        "finished": f"2026-01-01T00:0{seed + 3}:30+00:00",
+        "device": {"kind": "cpu", "name": "A CPU", "threads": 2, "memory_bytes": 8 << 30, "world_size": 1},
+        "seeds": {"training": seed},
+        "data": {"test": 300},
+        "memory": {"peak_rss": (2 << 30) + (seed << 29), "peak_device": 0},
+        "scores": {"base": {"exact_match": {**score, "value": 0.0}}, "final": {"exact_match": score}},
+        "config": {"output_dir": f"runs{seed}", "optimizer": {"lr": 1.0}, "training": {"seed": seed, "epochs": 1}},
+    }
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({**content, **changes}), "utf-8")
+    return folder
+
+
+def test_the_readme_shows_what_the_records_say() -> None:
+    text = README.read_text("utf-8")
+    assert load_script().rewrite(text, ROOT / "docs" / "results") == text, "run scripts/readme_results.py"
+
+
+def test_a_table_is_made_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script()
+    page, results = tmp_path / "page.md", tmp_path / "results"
+    results.mkdir()
+    page.write_text("before\n<!-- results:job -->\nstale\n<!-- /results -->\nafter\n", "utf-8")
+    where = ["--readme", str(page), "--results", str(results)]
+    assert script.main([*where, "--check"]) == 1
+    assert script.main(where) == 0
+    assert "Not measured yet" in page.read_text("utf-8")
+    runs = [str(fake_run(tmp_path / f"run{seed}", seed, 20.0 + seed)) for seed in (2, 0, 1)]
+    assert script.main([*where, "--record", "job", *runs]) == 0
+    text = page.read_text("utf-8")
+    assert "| exact match, % | 0.0 | 21.0 | 1.0 | 20.0 to 22.0 |" in text
+    assert "| minutes | | 4.5 | 1.0 | 3.5 to 5.5 |" in text
+    assert "| peak memory, GiB | | 2.50 | 0.50 | 2.00 to 3.00 |" in text
+    assert "`python -m ftlab.train +experiment=job`, training.seed=0, 1, 2, commit cccccccccc" in text
+    assert "20.0 (17.0 to 23.0) with seed 0" in text
+    assert "elsewhere" not in (results / "job.json").read_text("utf-8")
+    assert (text.startswith("before\n"), text.endswith("after\n")) == (True, True)
+    assert script.main([*where, "--check"]) == 0
+    page.write_text(text.replace("21.0", "31.0"), "utf-8")
+    capsys.readouterr()
+    assert script.main([*where, "--check"]) == 1
+    assert "not what the records give" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"status": "interrupted"}, "interrupted"),
+        ({"dirty": True}, "uncommitted"),
+        ({"commit": "d" * 40}, "more than one commit"),
+        ({"config": {"optimizer": {"lr": 2.0}, "training": {"seed": 1, "epochs": 1}}}, "more than one configuration"),
+    ],
+)
+def test_only_repetitions_make_a_record(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "zero", 0, 20.0), fake_run(tmp_path / "one", 1, 21.0, **changes)]
+    with pytest.raises(ValueError, match=message):
+        load_script().make_record(runs)
+
+
+# --- the rest of the pages --------------------------------------------------------------------------------------------
+
+
+PYTHON = [(page, block) for page in PAGES for block in blocks(page.read_text("utf-8")) if block.language == "python"]
+
+
+@pytest.mark.parametrize(
+    "page, block", PYTHON, ids=lambda value: named(value) if isinstance(value, Path) else value.name
+)
+def test_python_of_a_page_runs(page: Path, block: Block, story: Path) -> None:
+    save_examples(page, story)
+    exec(compile(block.text, f"{named(page)}:{block.name}", "exec"), {"__name__": "example"})
+
+
+def test_the_regularizer_of_the_readme_is_short() -> None:
+    (example,) = [block for block in blocks(README.read_text("utf-8")) if block.name == "group_lasso.py"]
+    assert len([line for line in example.text.splitlines() if line.strip()]) < 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    dead = [target for target in links(page.read_text("utf-8")) if not (page.parent / target).exists()]
+    assert not dead
+
+
+def test_a_dead_link_is_noticed() -> None:
+    assert links("see [a](docs/a.md#top), ![b](c.png), [d](https://e.f) and [g](#here)\n") == ["docs/a.md", "c.png"]
+    assert links("```\n[no](link.md)\n```\n") == []
+
+
+def tree(text: str) -> list[str]:
+    """The folders that the README's table of folders lists."""
+    return re.findall(r"^\| `([\w./]+/)` \|", text, re.MULTILINE)
+
+
+def folders_in_git() -> set[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {line.split("/")[0] + "/" for line in listed.splitlines() if "/" in line}
+
+
+def test_the_tree_is_the_tree() -> None:
+    listed = tree(README.read_text("utf-8"))
+    assert [folder for folder in listed if not (ROOT / folder).is_dir()] == []
+    if (ROOT / ".git").exists():
+        assert folders_in_git() == {folder for folder in listed if folder.count("/") == 1}
+    packages = {f"ftlab/{init.parent.name}/" for init in (ROOT / "ftlab").glob("*/__init__.py")}
+    assert packages == {folder for folder in listed if folder.startswith("ftlab/") and folder != "ftlab/"}
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reachable, waiting = set(), [README]
+    while waiting:
+        page = waiting.pop()
+        if page in reachable:
+            continue
+        reachable.add(page)
+        targets = [(page.parent / target).resolve() for target in links(page.read_text("utf-8"))]
+        waiting += [target for target in targets if target.suffix == ".md" and target.is_file()]
+    assert set(PAGES) <= reachable
+
+
+def test_options_that_change_nothing_are_the_ones_that_are_not_hashed() -> None:
+    """docs/resume.md names them."""
+    section = (ROOT / "docs/resume.md").read_text("utf-8").split("## What may change")[1].split("\n## ")[0]
+    for key in NOT_HASHED:
+        assert f"`{key}`" in section or key in ("output_dir", "run_dir", "resume"), key
