@@ -195,7 +195,9 @@ TINY = {
     "training.preflight": "false",
     "parallel.threads": "1",
     "tracking": "disabled",
+    "schedule.warmup_steps": "null",
     "checkpoint.every_steps": "1",
+    "checkpoint.metric": "loss",
 }
 TOO_LARGE = ("model.", "tracking.")  # keys of the page that make no sense beside these
 SWEPT_VALUES = 2  # values that are kept of the first swept key; of further keys the first alone
