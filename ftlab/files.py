@@ -61,12 +61,17 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
-def fsync_tree(directory: Path) -> None:
-    """Flush every file and folder under `directory`, itself included."""
+def settle_tree(directory: Path) -> None:
+    """Flush every file and folder under `directory`, itself included, and give files their ordinary permissions.
+
+    Some libraries write files that only their owner may read; here that would follow the file into a shared folder.
+    """
+    mode = default_mode()
     for folder, _, names in os.walk(directory):
         for name in names:
             file = Path(folder) / name
             if not file.is_symlink():
+                file.chmod(mode | (file.stat().st_mode & 0o111))
                 fsync_path(file)
         fsync_path(Path(folder))
 
@@ -86,7 +91,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        fsync_tree(temporary)
+        settle_tree(temporary)
         if target.exists():
             target.rename(old)
         try:

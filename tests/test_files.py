@@ -98,3 +98,11 @@ def test_hashes(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     (tmp_path / "x").write_bytes(data)
     assert sha256_file(tmp_path / "x") == sha256_bytes(data) == hashlib.sha256(data).hexdigest()
+
+
+def test_files_in_a_folder_get_ordinary_permissions(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    with atomic_directory(tmp_path / "folder") as folder:
+        (folder / "private").touch(mode=0o600)
+    assert (tmp_path / "folder" / "private").stat().st_mode == plain.stat().st_mode
