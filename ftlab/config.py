@@ -111,6 +111,9 @@ class DataConfig:
     packing: bool = option(True, "lay several examples end to end in one row; they never see one another")
     row_length: int = option(512, "tokens in a packed row", low=8)
     pad_rows: bool = option(False, "pad each row to row_length, so that all batches have one shape")
+    pad_to_multiple: int = option(
+        64, "without pad_rows: fill a batch to a multiple of this many tokens, for few shapes; 1: no padding", low=1
+    )
     batch_size: int = option(8, "rows (packing) or examples in one optimizer step, over all ranks", low=1)
     micro_batch_size: int = option(8, "rows or examples in one forward pass on one rank", low=1)
     shuffle: bool = option(True, "a new order each epoch, fixed by (seed, epoch)")

@@ -56,8 +56,14 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate_rows(rows: Sequence[Sequence[Example]], pad_id: int, row_length: int | None = None) -> Batch:
-    """Lay rows out: as [1, N] without any padding, or as [B, row_length] with a padding document in each short row."""
+def collate_rows(
+    rows: Sequence[Sequence[Example]], pad_id: int, row_length: int | None = None, multiple: int = 1
+) -> Batch:
+    """Lay rows out: as [B, row_length] with a padding document in each short row, or end to end as [1, N].
+
+    N is filled up to a multiple of `multiple` by one padding document at the end. Matrix kernels are prepared per
+    shape (on a CPU compiled, which takes longer than the product and is kept in memory), so few shapes are better.
+    """
     if not rows or not all(rows):
         raise ValueError("a batch needs at least one row, and a row at least one example")
     ids: list[int] = []
@@ -78,6 +84,10 @@ def collate_rows(rows: Sequence[Sequence[Example]], pad_id: int, row_length: int
             ids += [pad_id] * padding
             labels += [IGNORE] * padding
             lengths.append(padding)
+    if row_length is None and (padding := -len(ids) % multiple):
+        ids += [pad_id] * padding
+        labels += [IGNORE] * padding
+        lengths.append(padding)
     height = 1 if row_length is None else len(rows)
     lengths_D = np.asarray(lengths)
     starts_D = np.cumsum(lengths_D) - lengths_D
@@ -154,9 +164,10 @@ class RowLoader:
         return self.rows(epoch)[start : start + self.config.batch_size]
 
     def collate(self, rows: Sequence[Sequence[int]]) -> Batch:
-        """A micro-batch of rows: [len(rows), row_length] with pad_rows, else [1, N]."""
+        """A micro-batch of rows: [len(rows), row_length] with pad_rows, else [1, N] (see `collate_rows`)."""
+        chosen = [[self.examples[index] for index in row] for row in rows]
         row_length = self.config.row_length if self.config.pad_rows else None
-        return collate_rows([[self.examples[index] for index in row] for row in rows], self.pad_id, row_length)
+        return collate_rows(chosen, self.pad_id, row_length, self.config.pad_to_multiple)
 
     def largest_batch(self) -> Batch:
         """A micro-batch as large as any can be: the fullest rows, of the longest examples.
@@ -185,12 +196,12 @@ def split_rows(rows: Sequence[list[int]], rank: int, world: int, micro: int) -> 
 
 
 def eval_batches(
-    examples: Sequence[Example], batch_size: int, rank: int = 0, world: int = 1, *, pad_id: int
+    examples: Sequence[Example], batch_size: int, rank: int = 0, world: int = 1, *, pad_id: int, multiple: int = 1
 ) -> Iterator[Batch]:
-    """Batches of one rank, without padding. Over all ranks every example comes exactly once; none is repeated.
+    """Batches of one rank, as `collate_rows` makes them. Over all ranks every example comes exactly once.
 
     Rank r takes examples r, r + world, ...; a rank may get none.
     """
     mine = list(examples[rank::world])
     for start in range(0, len(mine), batch_size):
-        yield collate_rows([[example] for example in mine[start : start + batch_size]], pad_id)
+        yield collate_rows([[example] for example in mine[start : start + batch_size]], pad_id, multiple=multiple)

@@ -23,6 +23,8 @@ from ftlab.models.tokenizer import Tokenizer
 
 __all__ = ["Measured", "Measurer", "Peers"]
 
+EVALUATION_MULTIPLE = 128  # tokens; see collate_rows
+
 
 class Peers(Protocol):
     """What measuring needs to know of the other ranks."""
@@ -81,7 +83,12 @@ class Measurer:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.autocast():
             if examples:
                 batches = eval_batches(
-                    examples, self.config.batch_size, self.peers.rank, self.peers.world, pad_id=self.tokenizer.pad_id
+                    examples,
+                    self.config.batch_size,
+                    self.peers.rank,
+                    self.peers.world,
+                    pad_id=self.tokenizer.pad_id,
+                    multiple=EVALUATION_MULTIPLE,
                 )
                 sums = evaluate_loss(model, batches, self.loss_sum, self.peers.sum)
                 tokens = f"supervised tokens: {sums['tokens']:.0f}"

@@ -38,6 +38,7 @@ IGNORED = -100  # the label of a position that is not supervised
 
 # Elements of one fp32 row block. 2^20 (4 MiB) stay in a core's cache; a GPU has no use for row blocks.
 _BLOCK_ELEMENTS = 1 << 20
+_ROW_MULTIPLE = 64  # positions in a product with the head, for few shapes
 
 
 class SupervisedBatch(Protocol):
@@ -128,15 +129,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = torch.zeros((), dtype=precise, device=hidden_ND.device)
             d_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
             d_weight_VD = torch.zeros_like(weight_VD, dtype=precise) if wants_weight else None
-            size = min(chunk, max(len(labels_N), 1))
+            # A CPU compiles its low-precision product for each shape: zero rows, which add nothing, keep these few.
+            compiled = not hidden_ND.is_cuda and compute not in (torch.float32, torch.float64)
+            multiple = min(_ROW_MULTIPLE, chunk) if compiled else 1
+            size = -(-min(chunk, max(len(labels_N), 1)) // multiple) * multiple
             logits_buffer = torch.empty(size, weight.shape[0], dtype=compute, device=hidden_ND.device)
             for start in range(0, len(labels_N), chunk):
-                hidden_CD = hidden_ND[start : start + chunk].to(compute)
+                labels_C = labels_N[start : start + chunk]
+                hidden_CD = _fill_rows(hidden_ND[start : start + chunk].to(compute), multiple)
                 logits_CV = logits_buffer[: len(hidden_CD)]
                 torch.mm(hidden_CD, weight.t(), out=logits_CV)
-                loss += _loss_and_gradient_(logits_CV, labels_N[start : start + chunk], precise, any(wanted))
+                loss += _loss_and_gradient_(logits_CV[: len(labels_C)], labels_C, precise, any(wanted))
                 if d_hidden_ND is not None:
-                    d_hidden_ND[start : start + chunk] = logits_CV @ weight
+                    d_hidden_ND[start : start + chunk] = (logits_CV @ weight)[: len(labels_C)]
                 if d_weight_VD is not None:
                     _add_product_(d_weight_VD, logits_CV.t(), hidden_CD)
         ctx.weight_dtype = weight_VD.dtype
@@ -152,6 +157,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_weight_VD is not None:
             d_weight_VD = (d_weight_VD * upstream).to(ctx.weight_dtype)
         return d_hidden_ND, d_weight_VD, None, None, None, None
+
+
+def _fill_rows(hidden_CD: Tensor, multiple: int) -> Tensor:
+    """Zero rows up to a multiple. Their logits are zero too, and so is what they give to the weight's gradient."""
+    missing = -len(hidden_CD) % multiple
+    return F.pad(hidden_CD, (0, 0, 0, missing)) if missing else hidden_CD
 
 
 def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, precise: torch.dtype, gradient: bool) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ftlab.config import ParallelConfig
@@ -98,6 +101,21 @@ def _pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+_STORES: list[Store] = []
+_GROUPS = itertools.count()
+
+
+def _own_store(rank: int, world: int, timeout: datetime.timedelta) -> Store:
+    """The launcher's key-value store under a name of this group's own.
+
+    A sweep joins and leaves a group once a run; under one name the second would find the addresses of the first and
+    wait for them.
+    """
+    if not _STORES:
+        _STORES.append(next(iter(rendezvous("env://", rank, world, timeout=timeout)))[0])
+    return PrefixStore(f"ftlab-{next(_GROUPS)}", _STORES[0])
+
+
 @contextlib.contextmanager
 def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment, if any, and leave it at the end."""
@@ -113,9 +131,13 @@ def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, device)
         return
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=config.timeout_seconds),
+        store=_own_store(rank, world, timeout),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     try:
@@ -149,7 +171,7 @@ class Replica:
         self.ranks = ranks
         self._objective: nn.Module = _Objective(model, loss_sum)
         if ranks.world > 1:
-            self._objective = DistributedDataParallel(self._objective, broadcast_buffers=False)
+            self._objective = DistributedDataParallel(self._objective)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Summed loss of one batch, with its graph."""

@@ -25,7 +25,7 @@ def examples(lengths: list[int]) -> list[Example]:
 
 
 def loader(lengths: list[int], seed: int = 0, **changes: Any) -> RowLoader:
-    settings: dict[str, Any] = {"row_length": 16, "batch_size": 3, "micro_batch_size": 2}
+    settings: dict[str, Any] = {"row_length": 16, "batch_size": 3, "micro_batch_size": 2, "pad_to_multiple": 1}
     return RowLoader(examples(lengths), DataConfig(**{**settings, **changes}), seed, PAD)
 
 
@@ -52,6 +52,16 @@ def test_padding_is_a_document_that_nothing_supervises() -> None:
     ]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 0, 1, 2, 3, 4, 5]]
     assert batch.documents.lengths == (3, 4, 1, 2, 6)
+    assert (batch.num_tokens, batch.num_supervised) == (9, 5)
+
+
+@pytest.mark.parametrize("multiple, padding", [(1, 0), (3, 0), (8, 7), (64, 55)])
+def test_a_batch_is_filled_to_a_multiple_by_one_document(multiple: int, padding: int) -> None:
+    batch = loader([3, 4, 2], pad_to_multiple=multiple).collate([[0, 1], [2]])
+    assert batch.input_ids.shape == (1, 9 + padding)
+    assert batch.documents.lengths == (3, 4, 2, *([padding] if padding else []))
+    assert batch.input_ids[0, 9:].tolist() == [PAD] * padding
+    assert batch.labels[0, 9:].tolist() == [IGNORE] * padding
     assert (batch.num_tokens, batch.num_supervised) == (9, 5)
 
 
