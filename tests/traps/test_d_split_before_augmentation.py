@@ -10,6 +10,7 @@ import pytest
 
 from ftlab.config import DataConfig, FilesDataConfig
 from ftlab.data.records import Record, Splits, load_records
+from ftlab.data.sources import files
 from ftlab.data.sources.hpo import Ontology, Synonym, Term, build_records
 from ftlab.data.splits import normalize_phrase, split_of, split_records
 from ftlab.errors import FtlabError
@@ -85,8 +86,65 @@ def test_named_files_that_overlap_are_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("FTLAB_CACHE", str(tmp_path / "cache"))
     for name, prompt in (("train", "Large spleen"), ("test", "large spleen!")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt, "completion": "x"}) + "\n")
-    config = FilesDataConfig(
-        train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"), validation_fraction=0.0
-    )
     with pytest.raises(FtlabError, match=r"test:1 \(test\) has the same prompt as train:1 \(train\)"):
-        load_records(config)
+        load_records(named(tmp_path))
+
+
+def named(folder: Path) -> FilesDataConfig:
+    return FilesDataConfig(train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl"), validation_fraction=0.0)
+
+
+def write(file: Path, *rows: object) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def talk(*contents: str, **more: str) -> dict[str, object]:
+    """A conversation of user and assistant in turn."""
+    roles = ("user", "assistant") * len(contents)
+    return {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)], **more}
+
+
+def last_prompt_key(record: Record) -> list[str]:
+    """The mistake: only the last answer's prompt counts, though every answer is learnt."""
+    return ["prompt:" + normalize_phrase(" ".join(m.content for m in record.messages[:-1] if m.role != "system"))]
+
+
+def test_a_conversation_and_its_beginning_are_never_on_two_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [
+        [talk(f"Question {n}", f"answer {n}"), talk(f"question {n}?", f"answer {n}", f"and {n}", f"more {n}")]
+        for n in range(200)
+    ]
+    write(tmp_path / "train.jsonl", *(row for pair in pairs for row in pair))
+    config = FilesDataConfig(train=str(tmp_path / "train.jsonl"))
+
+    def keys(record: Record) -> set[str]:
+        return {normalize_phrase(record.messages[0].content)}
+
+    check(load_records(config)[0], keys)
+    monkeypatch.setattr(files, "leak_keys", last_prompt_key)
+    with pytest.raises(AssertionError):
+        check(load_records(config)[0], keys)
+
+
+@pytest.mark.parametrize("long_side", ["train", "test"])
+def test_named_files_with_a_conversation_and_its_beginning_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_side: str
+) -> None:
+    short_side = {"train": "test", "test": "train"}[long_side]
+    write(tmp_path / f"{long_side}.jsonl", talk("other", "x"), talk("Large spleen", "a", "why?", "b"))
+    write(tmp_path / f"{short_side}.jsonl", talk("large spleen!", "a"))
+    with pytest.raises(FtlabError, match="has the same prompt as"):
+        load_records(named(tmp_path))
+    monkeypatch.setattr(files, "leak_keys", last_prompt_key)
+    load_records(named(tmp_path))
+
+
+def test_named_files_with_one_group_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", talk("one", "a", group="patient 3"))
+    write(tmp_path / "test.jsonl", talk("two", "b", group="patient 3"))
+    with pytest.raises(FtlabError, match=r"test:1 \(test\) has the same group as train:1 \(train\)"):
+        load_records(named(tmp_path))
+    write(tmp_path / "test.jsonl", talk("two", "b", group="patient 4"), talk("why", "a"), talk("else", "a", "why", "c"))
+    assert len(load_records(named(tmp_path))[0].test) == 3  # a later question alone is another prompt

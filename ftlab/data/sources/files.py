@@ -46,6 +46,7 @@ def load_files(config: FilesDataConfig) -> tuple[Splits, SourceInfo]:
     named = {side: location for side, location in locations.items() if location is not None}
     seen: dict[str, str] = {}
     read = {side: read_records(resolve(location), side, seen) for side, location in named.items()}
+    refuse_overlap(read, named)
     divided = split_records(
         grouped(read["train"]), config, validation="validation" not in read, test="test" not in read
     )
@@ -54,7 +55,6 @@ def load_files(config: FilesDataConfig) -> tuple[Splits, SourceInfo]:
         validation=read.get("validation", divided.validation),
         test=read.get("test", divided.test),
     )
-    refuse_overlap(splits, named)
     hashes = {side: str(describe(location)["sha256"]) for side, location in named.items()}
     combined = sha256_bytes(json.dumps(hashes, sort_keys=True).encode())
     info = SourceInfo(
@@ -70,30 +70,41 @@ def load_files(config: FilesDataConfig) -> tuple[Splits, SourceInfo]:
     return splits, info
 
 
-def prompt_key(record: Record) -> str:
-    """The normalised text that the answer depends on: all but the system message and the last answer."""
-    return normalize_phrase("\n".join(message.content for message in record.messages[:-1] if message.role != "system"))
+def leak_keys(record: Record) -> list[str]:
+    """What must not be on two sides: the `group` field, and everything that an answer of this record was given to.
+
+    Every assistant turn is learnt, so each beginning of the conversation that ends in a user's turn is a key: its
+    normalised text without the system message.
+    """
+    keys = [f"group:{record.group}"] if record.group else []
+    said: list[str] = []
+    for message in record.messages:
+        if message.role == "system":
+            continue
+        said.append(normalize_phrase(message.content))
+        if message.role == "user":
+            keys.append("prompt:" + "\n".join(said))
+    return keys
 
 
 def grouped(records: list[Record]) -> list[Record]:
-    """Fill `group`: records with one `group` field or one normalised prompt belong together."""
-    keys = [[f"group:{record.group}"] * bool(record.group) + [f"prompt:{prompt_key(record)}"] for record in records]
-    names = connect_groups(keys)
+    """Fill `group`: records with one `group` field or one prompt in common, directly or not, are together."""
+    names = connect_groups([leak_keys(record) for record in records])
     return [Record(record.id, record.messages, name) for record, name in zip(records, names, strict=True)]
 
 
-def refuse_overlap(splits: Splits, named: Mapping[str, str]) -> None:
-    """Raise if a prompt is on two sides; it can only be when the user named the files of both."""
+def refuse_overlap(read: Mapping[str, list[Record]], named: Mapping[str, str]) -> None:
+    """Raise if two files that the user named for different sides have a prompt or a `group` in common."""
     sides: dict[str, tuple[str, str]] = {}
-    for side in ("train", "validation", "test"):
-        for record in getattr(splits, side):
-            key = prompt_key(record)
-            first_side, first_id = sides.setdefault(key, (side, record.id))
-            if first_side != side:
-                raise FtlabError(
-                    f"{named.get(side, named['train'])}: {record.id} ({side}) has the same prompt as {first_id} "
-                    f"({first_side}): scores on it would be too good; remove it from one of the files"
-                )
+    for side, records in read.items():
+        for record in records:
+            for key in leak_keys(record):
+                first_side, first_id = sides.setdefault(key, (side, record.id))
+                if first_side != side:
+                    raise FtlabError(
+                        f"{named[side]}: {record.id} ({side}) has the same {key.partition(':')[0]} as {first_id} "
+                        f"({first_side}): scores on it would be too good; remove it from one of the files"
+                    )
 
 
 def read_records(path: Path, side: str = "train", seen: dict[str, str] | None = None) -> list[Record]:
