@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ftlab.assets import describe, resolve
+from ftlab.assets import describe, parse_location, resolve
 from ftlab.config import Config, PretrainedConfig, RandomConfig
 from ftlab.data.loader import Batch, RowLoader
 from ftlab.data.records import Record, SourceInfo, Splits, load_records
@@ -26,7 +27,6 @@ from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ftlab.optim.adamw import build_optimizer
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision
-from ftlab.training.state import TrainState
 
 __all__ = [
     "Built",
@@ -38,9 +38,11 @@ __all__ = [
     "build_tokenizer",
     "build_training",
     "export_folder",
+    "fingerprints",
     "loss_sum_of",
     "model_facts",
     "total_steps",
+    "with_absolute_paths",
 ]
 
 
@@ -66,7 +68,7 @@ class Built:
     rows: list[ParameterRow]
     precision: Precision
     penalties: list[Penalty]
-    state: TrainState
+    optimizer: torch.optim.Optimizer
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
@@ -84,7 +86,13 @@ def build_tokenizer(config: Config) -> Tokenizer:
 def build_model(config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: torch.dtype) -> LlamaForCausalLM:
     """The untouched base model, with its weights stored in `dtype`."""
     if isinstance(config.model, PretrainedConfig):
-        return load_model(resolve(config.model.location), dtype=dtype, device=ranks.device)
+        model = load_model(resolve(config.model.location), dtype=dtype, device=ranks.device)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise FtlabError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.model.location} rows for "
+                f"{model.config.vocab_size}; give the tokenizer that belongs to it in model.tokenizer"
+            )
+        return model
     if not isinstance(config.model, RandomConfig):
         raise ConfigError("model: choose an option, for example model=smollm2_135m")
     sizes = config.model
@@ -114,27 +122,26 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     train, validation, test = (encode(side) for side in (splits.train, splits.validation, splits.test))
     if not train:
         raise FtlabError(f"{source.name} has no training example left; look at data.max_length and data.too_long")
-    kept = [_kept(side, examples) for side, examples in ((splits.validation, validation), (splits.test, test))]
+    sides = ((splits.train, train), (splits.validation, validation), (splits.test, test))
+    kept = [_kept(records, examples) for records, examples in sides]
     notes = list(source.notes)
     dropped = sum(len(side) for side in (splits.train, splits.validation, splits.test))
     if dropped := dropped - len(train) - len(validation) - len(test):
         notes.append(f"{dropped} records are longer than data.max_length={config.data.max_length} and were dropped")
     if cut := sum(example.truncated for side in (train, validation, test) for example in side):
         notes.append(f"{cut} prompts were cut from the left to data.max_length={config.data.max_length}")
-    splits = Splits(splits.train, *kept)
-    return DataSet(source, splits, template, train, validation, test, tuple(notes))
+    return DataSet(source, Splits(*kept), template, train, validation, test, tuple(notes))
 
 
 def _kept(records: list[Record], examples: list[Example]) -> list[Record]:
-    """The records that became examples, so that loss and generations are measured on the same ones."""
+    """The records that became examples, in the same order, so that loss and answers are measured on the same ones."""
     ids = {example.id for example in examples}
     return [record for record in records if record.id in ids]
 
 
-def build_training(config: Config, model: LlamaForCausalLM, method: Method, ranks: Ranks, config_hash: str) -> Built:
-    """Method, dtypes, penalties and optimizer around a base model, and the state that holds them."""
+def build_training(config: Config, model: LlamaForCausalLM, method: Method, precision: Precision) -> Built:
+    """Method, dtypes, penalties and optimizer around a base model."""
     table = method.apply(model)
-    precision = Precision(config.precision, ranks.device)
     precision.store(model)
     model.checkpoint_blocks = config.training.activation_checkpointing
     penalties = build_penalties(config.regularizer, model)
@@ -142,9 +149,7 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, rank
     if config.training.compile:
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
-    fingerprints = {penalty.name: penalty.fingerprint() for penalty in penalties}
-    state = TrainState(model, optimizer, precision, config_hash, fingerprints)
-    return Built(model, method, table.rows(model), precision, penalties, state)
+    return Built(model, method, table.rows(model), precision, penalties, optimizer)
 
 
 def loss_sum_of(config: Config) -> Any:
@@ -162,11 +167,27 @@ def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoad
 
 
 def total_steps(config: Config, loader: RowLoader) -> int:
-    """Optimizer steps of the whole run: max_steps, or what the epochs come to; the smaller one if both are given."""
-    limits = [] if config.training.max_steps is None else [config.training.max_steps]
-    if config.training.epochs is not None:
-        limits.append(loader.total_steps(config.training.epochs))
-    return max(1, min(limits))
+    """Optimizer steps of the whole run: max_steps if it is given, else what the epochs come to."""
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    return max(1, loader.total_steps(config.training.epochs or 1.0))
+
+
+def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[str, str]:
+    """Hashes of the contents a run depends on and that a path does not tell: model file, tokenizer, template, data."""
+    digest = hashlib.sha256()
+    for side in (data.train, data.validation, data.test):
+        for example in side:
+            digest.update(repr((example.id, example.token_ids, example.supervised)).encode())
+        digest.update(b"|")
+    hashes = {
+        "tokenizer": tokenizer.fingerprint,
+        "chat template": data.template.fingerprint,
+        "data": digest.hexdigest(),
+    }
+    if isinstance(config.model, PretrainedConfig):
+        hashes["base model"] = str(describe(config.model.location)["sha256"])
+    return {name: value[:16] for name, value in hashes.items()}
 
 
 def model_facts(config: Config, model: LlamaForCausalLM) -> dict[str, Any]:
@@ -178,6 +199,28 @@ def model_facts(config: Config, model: LlamaForCausalLM) -> dict[str, Any]:
     else:
         facts["location"] = f"random weights, {asdict(config.model)}"
     return facts
+
+
+def with_absolute_paths(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The plain configuration with the user's own files named from the root of the file system."""
+
+    def settle(node: Any, key: str = "") -> Any:
+        if isinstance(node, dict):
+            return {name: settle(value, name) for name, value in node.items()}
+        if (
+            key in ("location", "tokenizer", "train", "validation", "test")
+            and isinstance(node, str)
+            and node != "bytes"
+        ):
+            parsed = parse_location(node)
+            if parsed.kind == "file" and parsed.sha256 is None:
+                return str(Path(parsed.member).expanduser().absolute())
+        if key == "template" and isinstance(node, str) and node.endswith((".jinja", ".j2")):
+            return str(Path(node).expanduser().absolute())
+        return node
+
+    groups: dict[str, Any] = {name: settle(resolved[name]) for name in ("model", "data") if name in resolved}
+    return {**resolved, **groups}
 
 
 def base_location(config: Config) -> str:

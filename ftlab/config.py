@@ -329,8 +329,8 @@ class CheckpointConfig:
 class TrainingConfig:
     """How long, and how."""
 
-    epochs: float | None = option(1.0, "passes over the training rows; null: max_steps", above=0)
-    max_steps: int | None = option(None, "optimizer steps; null: epochs", low=1)
+    epochs: float | None = option(1.0, "passes over the training rows, unless max_steps is given", above=0)
+    max_steps: int | None = option(None, "optimizer steps, whatever epochs says; null: epochs", low=1)
     seed: int = option(0, "seed of initialisation, data order and dropout", low=0)
     activation_checkpointing: bool = option(False, "keep only block inputs and recompute the rest in backward")
     compile: bool = option(False, "torch.compile each decoder block")

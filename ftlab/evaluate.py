@@ -75,7 +75,7 @@ def _measure(arguments: EvaluateArguments, config: Config, ranks: Ranks, *, base
     from ftlab.open_run import open_run
 
     opened = open_run(Path(arguments.run), base=base, ranks=ranks)
-    data = build.build_data(config, opened.tokenizer)
+    data = opened.data()
     examples = getattr(data, arguments.split)[: arguments.limit]
     records = getattr(data.splits, arguments.split)[: arguments.limit]
     settings = replace(config.evaluation, batch_size=arguments.batch_size or config.evaluation.batch_size)

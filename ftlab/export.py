@@ -39,7 +39,6 @@ def _run(argv: list[str]) -> int:
     if Path(arguments.out).exists():
         raise ConfigError(f"out={arguments.out} exists already; give a new folder")
 
-    from ftlab import build
     from ftlab.files import atomic_directory
     from ftlab.models.checkpoint import save_safetensors
     from ftlab.open_run import open_run
@@ -47,7 +46,7 @@ def _run(argv: list[str]) -> int:
 
     opened = open_run(Path(arguments.run), base=False)
     model = opened.model.float()
-    data = build.build_data(opened.config, opened.tokenizer)
+    data = opened.data()
     held_out = (data.validation or data.test or data.train)[:16]
     before = [_log_probabilities(model, example.token_ids) for example in held_out]
     opened.method.merge(model)

@@ -16,6 +16,7 @@ from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, dtype_of
+from ftlab.training.state import changed_inputs
 
 __all__ = ["OpenRun", "open_run", "read_config"]
 
@@ -31,6 +32,21 @@ class OpenRun:
     method: Method
     tokenizer: Tokenizer
     precision: Precision
+
+    def data(self) -> build.DataSet:
+        """The run's data, read again.
+
+        Raises:
+            FtlabError: the data, the template, the tokenizer or the base model are not those of the run.
+        """
+        data = build.build_data(self.config, self.tokenizer)
+        inputs = build.fingerprints(self.config, data, self.tokenizer)
+        if changed := changed_inputs(self.record.get("inputs", inputs), inputs):
+            raise FtlabError(
+                f"the {' and the '.join(changed)} changed since the run in {self.run_dir}, so scores could not be "
+                "compared with its own; restore what it was"
+            )
+        return data
 
 
 def read_config(run_dir: Path) -> tuple[Config, dict[str, Any]]:
@@ -52,15 +68,17 @@ def read_config(run_dir: Path) -> tuple[Config, dict[str, Any]]:
         raise FtlabError(f"{path} cannot be read by this version of ftlab: {error}") from None
 
 
-def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, merge: bool = False) -> OpenRun:
-    """Load the model of a run; with `base` the pretrained one, untouched; with `merge` the update folded in."""
+def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None) -> OpenRun:
+    """Load the model of a run; with `base` the pretrained one, untouched."""
     config, record = read_config(run_dir)
     ranks = ranks or Ranks()
     tokenizer = build.build_tokenizer(config)
     method = make_method(config.method, seed=config.training.seed)
     frozen = dtype_of(config.precision.frozen)
     model = build.build_model(config, tokenizer, ranks, dtype=frozen if method.keeps_base else dtype_of("fp32"))
-    if not base:
+    if base:
+        model.requires_grad_(not method.keeps_base)  # what is stored in which dtype follows who trains
+    else:
         folder = build.export_folder(run_dir, method)
         if not folder.exists():
             raise FtlabError(f"{run_dir} has no {folder.name}/: the run is {record.get('status')}; finish it first")
@@ -68,8 +86,6 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, merge: bo
         method.load(model, folder)
     precision = Precision(config.precision, ranks.device)
     precision.store(model)
-    if merge and not base:
-        method.merge(model)
     model.requires_grad_(False)
     model.eval()
     return OpenRun(run_dir, config, record, model, method, tokenizer, precision)

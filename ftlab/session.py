@@ -6,18 +6,16 @@ import contextlib
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
-
-import torch
 
 from ftlab import build
 from ftlab.compose import config_hash, run_folder, to_yaml
 from ftlab.config import Config, option_classes
 from ftlab.data.loader import RowLoader
-from ftlab.errors import FtlabError
+from ftlab.errors import ConfigError, FtlabError
 from ftlab.evaluation.measure import Measured, Measurer
 from ftlab.files import atomic_write
 from ftlab.methods import make_method
@@ -27,11 +25,12 @@ from ftlab.studies.report import write_report
 from ftlab.training.checkpoint import Checkpoints, read_checkpoint
 from ftlab.training.loop import Fit, Limits, fit, validation_steps
 from ftlab.training.parallel import Ranks, Replica, start_ranks
-from ftlab.training.precision import dtype_of
+from ftlab.training.precision import Precision, dtype_of
 from ftlab.training.preflight import preflight, static_memory
 from ftlab.training.progress import Progress
-from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes
+from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, reset_peaks
 from ftlab.training.signals import Interrupted, StopSignal
+from ftlab.training.state import TrainState, changed_inputs, seed_rng
 from ftlab.training.tracking import Tracker
 
 __all__ = ["train"]
@@ -39,51 +38,45 @@ __all__ = ["train"]
 
 def train(config: Config, resolved: dict[str, Any]) -> int:
     """Train, score and report; the exit status of the command."""
-    with StopSignal() as stop, start_ranks(config.parallel) as ranks:
-        run_dir = run_folder(config, resolved)
-        with _own_folder(run_dir, ranks) as record:
-            session = _Session(config, resolved, run_dir, ranks, stop, record)
-            if not session.open_folder():
-                return 0
-            try:
-                session.run()
-            except Interrupted as interrupted:
-                return session.end("interrupted", str(interrupted), interrupted.exit_code)
-            except FtlabError as error:
-                return session.end("failed", str(error), None, error)
-            except OSError as error:
-                where = f"{error.filename}: " if error.filename else ""
-                problem = FtlabError(
-                    f"{where}{error.strerror or error}; put that right and give the same command again"
-                )
-                return session.end("failed", str(problem), None, problem)
-            except BaseException as error:
-                session.end("failed", f"{type(error).__name__}: {error}", 1)
-                raise
-            return session.end("finished", "", 0)
+    try:
+        with StopSignal() as stop, start_ranks(config.parallel) as ranks:
+            reset_peaks(ranks.device)
+            run_dir = run_folder(config, resolved)
+            with _own_folder(run_dir, ranks) as record:
+                return _Session(config, resolved, run_dir, ranks, stop, record).whole()
+    except Interrupted as interrupted:  # before the run had a folder, or by an impatient second signal
+        return interrupted.exit_code
 
 
 @contextlib.contextmanager
 def _own_folder(run_dir: Path, ranks: Ranks) -> Iterator[RunRecord]:
-    """The run folder, made if missing, and locked against a second process that would write into it."""
+    """The run folder, made if missing, and locked against a second process that would write into it.
+
+    Only the main rank looks at the disk; the others are told, so that all of them decide alike.
+    """
     problem: str | None = None
+    content: dict[str, Any] = {}
     lock: IO[str] | None = None
     if ranks.is_main:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = (run_dir / ".lock").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content = RunRecord(run_dir).content
         except BlockingIOError:
             problem = f"another process is running in {run_dir}; wait for it, or give another run_dir"
         except OSError as error:
             problem = (
                 f"the run folder {run_dir} cannot be written ({error.strerror}); give another output_dir or run_dir"
             )
-    problem = ranks.agree(problem)
+        except FtlabError as error:
+            problem = str(error)
+    problem, content = ranks.agree((problem, content))
     if problem is not None:
         raise FtlabError(problem)
+    record = RunRecord(run_dir, enabled=ranks.is_main, content=content)
     try:
-        yield RunRecord(run_dir, enabled=ranks.is_main)
+        yield record
     finally:
         if lock is not None:
             lock.close()
@@ -104,7 +97,7 @@ class _Phases:
                 yield
         finally:
             spent = self.record.content.get("timings", {}).get(name, 0.0) + time.monotonic() - begin
-            self.record.update(timings={name: round(spent, 3)})
+            self.record.try_update(timings={name: round(spent, 3)})
 
 
 class _Session:
@@ -120,6 +113,8 @@ class _Session:
         record: RunRecord,
     ) -> None:
         self.config, self.resolved, self.run_dir = config, resolved, run_dir
+        self.settled = build.with_absolute_paths(resolved)  # so that the run can be read from any folder
+        self.opened = False
         self.ranks, self.stop, self.record = ranks, stop, record
         self.hash = config_hash(resolved)
         self.progress = Progress(enabled=ranks.is_main)
@@ -134,33 +129,82 @@ class _Session:
 
     # --- the phases -------------------------------------------------------------------------------------------------
 
+    def whole(self) -> int:
+        """Everything, and an orderly end whatever happens; the exit status."""
+        try:
+            if not self.open_folder():
+                return 0
+            self.run()
+        except Interrupted as interrupted:
+            return self.end("interrupted", str(interrupted), interrupted.exit_code)
+        except FtlabError as error:
+            return self.end("failed", str(error), None, error)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            problem = FtlabError(f"{where}{error.strerror or error}; put that right and give the same command again")
+            return self.end("failed", str(problem), None, problem)
+        except BaseException as error:
+            self.end("failed", f"{type(error).__name__}: {error}", 1)
+            raise
+        return self.end("finished", "", 0)
+
     def run(self) -> None:
-        """Everything from the first byte of data to the report."""
-        with self.phase("data"):
-            tokenizer = build.build_tokenizer(self.config)
-            data = build.build_data(self.config, tokenizer)
-            loader = build.build_loader(self.config, data, tokenizer)
+        """Everything from the first byte of data to the scores."""
+        precision = Precision(self.config.precision, self.ranks.device)
+        tokenizer, data, loader = self._read_data()
+        steps = build.total_steps(self.config, loader)
+        schedule = make_schedule(self.config.schedule, steps)  # a schedule that cannot be is refused before the model
+        inputs = self._same_inputs(data, tokenizer)
         with self.phase("model"):
-            built = self._build_model(tokenizer)
+            built = self._build_model(tokenizer, precision)
+        penalties = {penalty.name: penalty.fingerprint() for penalty in built.penalties}
+        state = TrainState(built.model, built.optimizer, precision, self.hash, inputs, penalties)
         self._describe(data, loader, built)
         saved = self._find_checkpoint()
         measurer = self._measurer(data, tokenizer, built)
         self._baseline(measurer, data, built)
         replica = Replica(built.model, build.loss_sum_of(self.config), self.ranks)
-        steps = build.total_steps(self.config, loader)
         if self.config.training.preflight:
             self._preflight(replica, loader, built, steps)
-        self._resume(saved, built)
+        self._resume(saved, state)
         self.tracker = Tracker(
             self.run_dir,
             self.config.tracking,
             self.resolved,
             run_name=self.run_dir.name,
-            resume_step=built.state.counters.step if saved is not None else None,
+            resume_step=state.counters.step if saved is not None else None,
             enabled=self.ranks.is_main,
         )
-        self._fit(replica, loader, built, measurer, data, steps)
-        self._finish(built, measurer, data)
+        self._fit(self._loop(replica, loader, schedule, steps, built), state, built, measurer, data)
+        self._finish(state, built, measurer, data)
+
+    def _read_data(self) -> tuple[Tokenizer, build.DataSet, RowLoader]:
+        with self.phase("data"):
+            tokenizer = build.build_tokenizer(self.config)
+            data = build.build_data(self.config, tokenizer)
+            loader = build.build_loader(self.config, data, tokenizer)
+        for note in data.notes:
+            self.progress.message(note)
+        evaluation, checkpoint = self.config.evaluation, self.config.checkpoint
+        if not data.validation and (evaluation.times or evaluation.every_steps):
+            if checkpoint.patience is not None:
+                raise ConfigError("checkpoint.patience: there is no validation example to be patient with")
+            self.tell("no validation example: nothing is validated, and the last weights are the result")
+        if not data.test and evaluation.test:
+            self.tell("no test example: nothing is scored at the end")
+        return tokenizer, data, loader
+
+    def _same_inputs(self, data: build.DataSet, tokenizer: Tokenizer) -> dict[str, str]:
+        """Hashes of what the run reads; those of an interrupted run in this folder must be the same."""
+        inputs = build.fingerprints(self.config, data, tokenizer)
+        before = self.record.content.get("inputs")
+        if before is not None and (changed := changed_inputs(before, inputs)):
+            raise FtlabError(
+                f"the {' and the '.join(changed)} changed since this run began in {self.run_dir}; restore what it was, "
+                "give another run_dir, or resume=never to set that run aside"
+            )
+        self.record.update(inputs=inputs)
+        return inputs
 
     def open_folder(self) -> bool:
         """Settle that this folder is this run's, and note what is known before any work.
@@ -175,19 +219,22 @@ class _Session:
             self._set_aside()
         other = record.content.get("config_hash")
         if other not in (None, self.hash):
-            changed = ", ".join(_differences(record.content.get("config", {}), self.resolved)[:5])
+            changed = ", ".join(_differences(record.content.get("config", {}), self.settled)[:5])
             raise FtlabError(
                 f"{self.run_dir} holds a run with another configuration ({changed}); give another run_dir, or "
                 "resume=never to set that run aside"
             )
         if config.resume == "auto" and record.status == "finished":
+            tokenizer = build.build_tokenizer(config)
+            self._same_inputs(build.build_data(config, tokenizer), tokenizer)
             self.progress.message(f"already finished: {self.run_dir}/report.html (resume=never runs it anew)")
             self.progress.close()
             return False
+        self.opened = True
         record.begin(config.name, self.hash, self.ranks.device, self.ranks.world)
-        record.update(config=self.resolved, classes=option_classes(config), seeds={"training": config.training.seed})
+        record.update(config=self.settled, classes=option_classes(config), seeds={"training": config.training.seed})
         if self.ranks.is_main:
-            atomic_write(self.run_dir / "config.yaml", to_yaml(self.resolved))
+            atomic_write(self.run_dir / "config.yaml", to_yaml(self.settled))
         self.progress.message(f"run folder {self.run_dir}")
         return True
 
@@ -205,18 +252,19 @@ class _Session:
         self.record.content = {}
         self.ranks.barrier()
 
-    def _build_model(self, tokenizer: Tokenizer) -> build.Built:
+    def _build_model(self, tokenizer: Tokenizer, precision: Precision) -> build.Built:
         method = make_method(self.config.method, seed=self.config.training.seed)
         dtype = dtype_of(self.config.precision.frozen if method.keeps_base else "fp32")
         model = build.build_model(self.config, tokenizer, self.ranks, dtype=dtype)
         self.record.update(model=build.model_facts(self.config, model))
-        return build.build_training(self.config, model, method, self.ranks, self.hash)
+        return build.build_training(self.config, model, method, precision)
 
     def _describe(self, data: build.DataSet, loader: RowLoader, built: build.Built) -> None:
         rows = [asdict(row) for row in built.rows]
         self.record.update(
             data={
                 **data.source.as_dict(),
+                "notes": list(data.notes),
                 "train": len(data.train),
                 "validation": len(data.validation),
                 "test": len(data.test),
@@ -236,9 +284,6 @@ class _Session:
         for row in rows:
             how = f"trains, rate x {row['lr_scale']:g}" if row["trainable"] else "frozen"
             self.progress.message(f"  {row['count']:>13,} in {row['tensors']:>4} tensors  {how:<18}  {row['rule']}")
-
-        for note in data.notes:
-            self.tell(note)
 
     def _measurer(self, data: build.DataSet, tokenizer: Tokenizer, built: build.Built) -> Measurer:
         loss_sum = build.loss_sum_of(self.config)
@@ -264,21 +309,27 @@ class _Session:
             self._test(measurer, data, built, "base")
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
-        resume = self.config.resume
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", self.config.checkpoint.keep_last, self.tell)
+        resume, main = self.config.resume, self.ranks.is_main
+        keep = self.config.checkpoint.keep_last
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep, self.tell, main=main)
+        self.ranks.barrier()
         if resume == "never":
             return None
-        if resume != "auto":
-            return read_checkpoint(Path(resume))
-        return self.checkpoints.newest()
+        if resume == "auto":
+            return self.checkpoints.newest()
+        saved = read_checkpoint(Path(resume))
+        if main:
+            self.checkpoints.adopt(Path(resume), saved["counters"]["best_step"])
+        self.ranks.barrier()
+        return saved
 
-    def _resume(self, saved: dict[str, Any] | None, built: build.Built) -> None:
+    def _resume(self, saved: dict[str, Any] | None, state: TrainState) -> None:
+        seed_rng(self.config.training.seed, self.ranks.rank)
         if saved is None:
-            torch.manual_seed(self.config.training.seed * 1000 + self.ranks.rank)
             return
-        for line in built.state.load_state_dict(saved, self.ranks.rank, self.ranks.world):
+        for line in state.load_state_dict(saved, self.ranks.rank, self.ranks.world):
             self.tell(line)
-        step = built.state.counters.step
+        step = state.counters.step
         self.record.update(resumed_from=[*self.record.content.get("resumed_from", []), step])
         self.progress.message(f"resumed after step {step}")
 
@@ -297,22 +348,39 @@ class _Session:
         if measured.silent:
             self.tell(f"no gradient reached {len(measured.silent)} module(s), the first is {measured.silent[0]}")
 
-    def _fit(
+    def _loop(
         self,
         replica: Replica,
         loader: RowLoader,
-        built: build.Built,
-        measurer: Measurer,
-        data: build.DataSet,
+        schedule: Callable[[int], float],
         steps: int,
-    ) -> None:
-        config, counters = self.config, built.state.counters
+        built: build.Built,
+    ) -> Fit:
+        config = self.config
         assert self.tracker is not None
-        tracker = self.tracker
-        validate_at = frozenset[int]()
-        if data.validation and (config.evaluation.every_steps or config.evaluation.times):
-            validate_at = validation_steps(steps, config.evaluation.every_steps, config.evaluation.times)
-        records = data.splits.validation[: config.evaluation.generate_limit] if config.evaluation.generate else []
+        return Fit(
+            replica=replica,
+            loader=loader,
+            schedule=schedule,
+            penalties=built.penalties,
+            limits=Limits(
+                steps,
+                validation_steps(steps, config.evaluation.every_steps, config.evaluation.times),
+                config.tracking.log_every_steps,
+                config.training.max_bad_steps,
+                config.optimizer.max_grad_norm,
+            ),
+            checkpoint=config.checkpoint,
+            checkpoints=self.checkpoints,
+            tracker=self.tracker,
+            progress=self.progress,
+            stop=self.stop,
+            micro_batch_size=config.data.micro_batch_size,
+        )
+
+    def _fit(self, run: Fit, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
+        evaluation, counters = self.config.evaluation, state.counters
+        records = data.splits.validation[: evaluation.generate_limit] if evaluation.generate else []
 
         def validate(step: int) -> Mapping[str, float]:
             with self.phase("validation"):
@@ -320,55 +388,33 @@ class _Session:
                     built.model, data.validation, records, bootstrap=100, progress=self.progress.count
                 )
             values = measured.values()
-            tracker.log(step, "validation", values)
+            run.tracker.log(step, "validation", values)
             self.progress.message(f"step {step}: validation " + _brief(measured))
             return values
 
-        run = Fit(
-            replica=replica,
-            loader=loader,
-            schedule=make_schedule(config.schedule, steps),
-            penalties=built.penalties,
-            limits=Limits(
-                steps,
-                validate_at,
-                config.tracking.log_every_steps,
-                config.training.max_bad_steps,
-                config.optimizer.max_grad_norm,
-            ),
-            checkpoint=config.checkpoint,
-            checkpoints=self.checkpoints,
-            tracker=tracker,
-            progress=self.progress,
-            stop=self.stop,
-            validate=validate,
-            micro_batch_size=config.data.micro_batch_size,
-        )
+        run.validate = validate if data.validation else None
         built.model.train()
-        before = counters.tokens, time.monotonic(), self.record.content.get("timings", {}).get("validation", 0.0)
-        self.progress.begin(steps, counters.step)
+        timings = self.record.content.setdefault("timings", {})
+        begin, tokens, validating = time.monotonic(), counters.tokens, timings.get("validation", 0.0)
+        self.progress.begin(run.limits.total_steps, counters.step)
         with self.phase("training"), self.stop.deferred():
-            fit(built.state, run)
-        counters = built.state.counters
-        validating = self.record.content["timings"].get("validation", 0.0) - before[2]
-        seconds = time.monotonic() - before[1] - validating
-        self.record.update(
-            steps=counters.step,
-            skipped_steps=counters.skipped,
-            data_digest=counters.data_digest,
-            throughput={"tokens_per_second": round((counters.tokens - before[0]) / max(seconds, 1e-9), 1)},
-        )
-
-    def _finish(self, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
-        config, state = self.config, built.state
+            fit(state, run)
         counters = state.counters
+        seconds = time.monotonic() - begin - (self.record.content["timings"].get("validation", 0.0) - validating)
+        self.record.update(steps=counters.step, skipped_steps=counters.skipped, data_digest=counters.data_digest)
+        if counters.tokens > tokens:
+            self.record.update(throughput={"tokens_per_second": round((counters.tokens - tokens) / seconds, 1)})
+
+    def _finish(self, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
+        config, counters = self.config, state.counters
         if config.checkpoint.load_best and counters.best_step >= 0:
-            if self.ranks.is_main:
-                state.load_weights(self.checkpoints.load_best(counters.best_step))
+            weights = self.checkpoints.load_best(counters.best_step) if self.ranks.is_main else None
+            if weights is not None:
+                state.load_weights(weights)
             self.ranks.broadcast_(list(state.trainable().values()))
-            self.record.update(
-                best={"step": counters.best_step, "metric": config.checkpoint.metric, "value": counters.best_value}
-            )
+            if self.ranks.agree(weights is not None):
+                best = {"step": counters.best_step, "metric": config.checkpoint.metric, "value": counters.best_value}
+                self.record.update(best=best)
         if self.ranks.is_main:
             folder = build.export_folder(self.run_dir, built.method)
             built.method.save(built.model, folder, build.base_location(config))
@@ -381,30 +427,42 @@ class _Session:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def end(self, status: str, why: str, code: int | None, error: FtlabError | None = None) -> int:
-        """Close the tracker, write record and report, and print where they are; raises `error` if there is one."""
-        if self.tracker is not None:
-            self.tracker.finish(status)
-            if trouble := self.tracker.mirror_status():
-                self.tell(trouble)
-        peaks = self.ranks.gather(peak_rss_bytes()) if status == "finished" else [peak_rss_bytes()]
-        self.record.update(
-            memory={"peak_rss": max(peaks), "peak_device": peak_device_bytes(self.ranks.device)},
-            warnings=[*self.record.content.get("warnings", []), *self.warnings],
-            reason=why,
-        )
-        self.record.end(status)
-        if self.ranks.is_main:
-            if status == "finished":
-                path = write_report(self.run_dir)
-                self.progress.summary(self.record.content)
-                self.progress.message(f"report: {path}")
-            elif status == "interrupted":
-                self.progress.message(f"{why}; the same command goes on from here")
+        """Write how the run ended, then its report; returns `code`, or raises `error` if there is one.
+
+        Nothing here may hide why the run ended: what the disk refuses now is told and passed over.
+        """
+        if self.opened:
+            with self.stop.ignored():
+                self._write_end(status, why)
         self.progress.close()
         if error is not None:
             raise error
         assert code is not None
         return code
+
+    def _write_end(self, status: str, why: str) -> None:
+        peaks = self.ranks.gather(peak_rss_bytes()) if status == "finished" else [peak_rss_bytes()]
+        self.record.try_update(
+            memory={"peak_rss": max(peaks), "peak_device": peak_device_bytes(self.ranks.device)}, reason=why
+        )
+        trouble = [self.record.end(status)]
+        if self.tracker is not None:
+            self.tracker.finish(status)
+            trouble.append(self.tracker.mirror_status())
+        for line in filter(None, trouble):
+            self.tell(line)
+        told = [*self.record.content.get("warnings", []), *self.warnings]
+        self.record.try_update(warnings=list(dict.fromkeys(told)))
+        if not self.ranks.is_main:
+            return
+        if status == "finished":
+            self.progress.summary(self.record.content)
+        elif status == "interrupted":
+            self.progress.message(f"{why}; the same command goes on from the newest checkpoint")
+        try:
+            self.progress.message(f"report: {write_report(self.run_dir)}")
+        except (OSError, FtlabError) as problem:
+            self.progress.message(f"no report could be written: {problem}")
 
 
 def _brief(measured: Measured) -> str:

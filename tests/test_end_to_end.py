@@ -162,6 +162,62 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         assert ours["scores"][who]["loss"]["value"] == pytest.approx(theirs["scores"][who]["loss"]["value"], rel=1e-4)
 
 
+def test_resumed_elsewhere_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """resume=PATH, also from another run's folder: the best weights come along."""
+    stopped = run("run_dir=one", "checkpoint.every_steps=1", "checkpoint.keep_last=20", cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    other = run("run_dir=two", "resume=one/checkpoints/step-00000008", cwd=tmp_path)
+    assert other.returncode == 0, other.stderr
+    assert [step for step, _, _ in trace(tmp_path / "two")] == [9, 10, 11, 12]
+    assert trace(tmp_path / "two") == trace(finished)[8:]
+    assert ended(tmp_path / "two")["scores"] == ended(finished)["scores"]
+
+
+def test_changed_data_are_refused(tmp_path: Path) -> None:
+    """The path is the same and so is the configuration, but not what stands in the file."""
+    rows = [{"prompt": f"Number after {n}?", "completion": str(n + 1)} for n in range(60)]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    settings = ["data=files", "data.train=mine.jsonl", "run_dir=run", "training.max_steps=2", "data.template=plain"]
+    assert run(*settings, cwd=tmp_path).returncode == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    evaluate = [sys.executable, "-m", "ftlab.evaluate", "run=../run"]
+    assert subprocess.run(evaluate, cwd=elsewhere, env=environment(), check=False).returncode == 0
+    data.write_text("\n".join(json.dumps(row) for row in reversed(rows[1:])))
+    again = run(*settings, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "the data changed since this run began" in again.stderr
+    scored = subprocess.run(evaluate, cwd=elsewhere, env=environment(), capture_output=True, text=True, check=False)
+    assert scored.returncode == 1
+    assert "data changed" in scored.stderr
+
+
+@pytest.mark.parametrize("limit, code", [(60_000, 0), (500, 1)], ids=["checkpoints", "everything"])
+def test_a_disk_that_refuses_is_told_in_a_line(tmp_path: Path, limit: int, code: int) -> None:
+    """Files over a size fail: the checkpoints alone, which costs only them, or everything, which ends the run."""
+    import resource
+
+    done = subprocess.run(
+        command("run_dir=run", "checkpoint.every_steps=4"),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if code:
+        assert "File too large" in done.stderr
+        return
+    assert "checkpoint of step 4 could not be written" in done.stdout
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    assert any("could not be written" in line for line in ended(tmp_path / "run")["warnings"])
+
+
 def test_a_sweep_makes_one_folder_a_trial(tmp_path: Path) -> None:
     done = run(
         "-m",
@@ -194,6 +250,19 @@ def test_an_unwritable_folder_is_said_before_any_work(tmp_path: Path) -> None:
     assert "file" in done.stderr
     assert "output_dir" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_evaluate_in_bf16_scores_what_training_scored(tmp_path: Path) -> None:
+    done = run("run_dir=run", "precision=bf16", "training.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = ["run=run", "base=also", "out=again.json"]
+    again = subprocess.run(
+        [sys.executable, "-m", "ftlab.evaluate", *words], cwd=tmp_path, env=environment(), check=False
+    )
+    assert again.returncode == 0
+    scores = json.loads((tmp_path / "again.json").read_text())["scores"]
+    for now, then in (("before", "base"), ("after", "final")):
+        assert scores[now]["loss"]["value"] == ended(tmp_path / "run")["scores"][then]["loss"]["value"]
 
 
 def test_evaluate_and_generate_read_the_run(finished: Path) -> None:

@@ -50,11 +50,17 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one run. Only the main rank calls `save`, `save_best` and `prune`."""
 
-    def __init__(self, directory: Path, keep_last: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, keep_last: int, tell: Callable[[str], None], *, main: bool = True) -> None:
         self.directory = directory
         self.keep_last = keep_last
         self._tell = tell
-        directory.mkdir(parents=True, exist_ok=True)
+        if main:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._clean()
+
+    def _clean(self) -> None:
+        """Remove or restore what a killed process left behind."""
+        directory = self.directory
         for leftover in directory.glob(".*.tmp-*"):  # a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         for moved in directory.glob(".*.old-*"):  # a replacement that was killed, perhaps between its two renames
@@ -66,7 +72,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, newest first."""
-        found = [_STEP.fullmatch(entry.name) for entry in self.directory.iterdir()]
+        entries = self.directory.iterdir() if self.directory.exists() else ()
+        found = [_STEP.fullmatch(entry.name) for entry in entries]
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def folder(self, step: int) -> Path:
@@ -106,17 +113,45 @@ class Checkpoints:
             raise FtlabError(f"weights that are not finite cannot be the best: {broken[:3]}")
         try:
             with atomic_directory(self.best_folder(step)) as temporary:
-                save_file(
-                    {name: tensor.contiguous().cpu() for name, tensor in weights.items()}, temporary / "w.safetensors"
+                file = temporary / "w.safetensors"
+                save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, file)
+                (temporary / "manifest.json").write_text(
+                    json.dumps({"step": step, "sha256": sha256_file(file)}), "utf-8"
                 )
         except Exception as error:
             self._tell(f"best weights of step {step} could not be written ({error})")
             return False
         return True
 
-    def load_best(self, step: int) -> dict[str, torch.Tensor]:
-        """The weights written by `save_best`."""
-        return load_file(self.best_folder(step) / "w.safetensors")
+    def load_best(self, step: int) -> dict[str, torch.Tensor] | None:
+        """The weights written by `save_best`; None, with a line told, if they are missing or damaged."""
+        folder = self.best_folder(step)
+        try:
+            expected = json.loads((folder / "manifest.json").read_text("utf-8"))["sha256"]
+            if sha256_file(folder / "w.safetensors") != expected:
+                raise ValueError("its sha256 is not the one in manifest.json")
+            return load_file(folder / "w.safetensors")
+        except (OSError, ValueError, KeyError) as error:
+            self._tell(f"the best weights, of step {step}, cannot be read ({error}); the last ones are kept instead")
+            return None
+
+    def adopt(self, folder: Path, best_step: int) -> None:
+        """Make this run go on from the checkpoint `folder`, of this run or of another one.
+
+        Later checkpoints of this run are moved to `set-aside/`, and the best weights that `folder` refers to are copied
+        from beside it.
+        """
+        match = _STEP.fullmatch(folder.name)
+        for step in self.steps():
+            if match and step > int(match[1]):
+                aside = self.directory / "set-aside"
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / self.folder(step).name, ignore_errors=True)
+                self.folder(step).rename(aside / self.folder(step).name)
+        source = folder.parent / self.best_folder(best_step).name
+        if best_step >= 0 and source.exists() and not self.best_folder(best_step).exists():
+            with atomic_directory(self.best_folder(best_step)) as temporary:
+                shutil.copytree(source, temporary, dirs_exist_ok=True)
 
     def prune(self, best_step: int) -> None:
         """Delete all but the newest `keep_last` checkpoints, and best weights that no kept checkpoint refers to."""

@@ -6,6 +6,7 @@ fine-tuning, LoRA and every regularizer run through here unchanged: they differ 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,12 +122,13 @@ class Fit:
     tracker: Tracker
     progress: Progress
     stop: StopSignal
-    validate: Callable[[int], Mapping[str, float]]
     micro_batch_size: int
+    validate: Callable[[int], Mapping[str, float]] | None = None  # None: nothing to validate on
     on_step: Callable[[int, StepResult, tuple[str, ...]], None] | None = None
     last_save: float = field(default_factory=time.monotonic)
     saved_step: int = -1
     log_time: float = field(default_factory=time.monotonic)
+    log_tokens: int = 0  # since log_time
 
 
 def fit(state: TrainState, run: Fit) -> None:
@@ -153,6 +155,7 @@ def fit(state: TrainState, run: Fit) -> None:
             max_grad_norm=run.limits.max_grad_norm,
         )
         _count(state, result, ids)
+        run.log_tokens += result.tokens
         if run.on_step is not None:
             run.on_step(step, result, ids)
         _log(state, run, result)
@@ -192,7 +195,6 @@ def _count(state: TrainState, result: StepResult, ids: tuple[str, ...]) -> None:
     counters.consume(ids)
     counters.tokens += result.tokens
     counters.supervised += result.supervised
-    counters.window_tokens += result.tokens
     if result.applied:
         counters.bad_in_a_row = 0
         counters.window_nats += result.nats
@@ -217,15 +219,15 @@ def _log(state: TrainState, run: Fit, result: StepResult) -> None:
         "supervised_tokens": counters.supervised,
         "epoch": counters.epoch + counters.index / run.loader.steps_in_epoch(counters.epoch),
         "skipped_steps": counters.skipped,
-        "tokens_per_second": counters.window_tokens / max(now - run.log_time, 1e-9),
+        "tokens_per_second": run.log_tokens / max(now - run.log_time, 1e-9),
         "memory_bytes": peak_device_bytes(device) or peak_rss_bytes(),
     }
     if state.precision.scaler.is_enabled():
         values["loss_scale"] = state.precision.scaler.get_scale()
     run.tracker.log(counters.step, "train", {**values, "data_digest": counters.data_digest})
     run.progress.update(counters.step, values)
-    counters.window_nats, counters.window_supervised, counters.window_tokens = 0.0, 0, 0
-    run.log_time = now
+    counters.window_nats, counters.window_supervised = 0.0, 0
+    run.log_time, run.log_tokens = now, 0
 
 
 def _check_divergence(state: TrainState, run: Fit) -> None:
@@ -243,11 +245,20 @@ def _check_divergence(state: TrainState, run: Fit) -> None:
 
 
 def _validate_if_due(state: TrainState, run: Fit) -> None:
-    """Validate after this step if that is due and not done yet, and keep the weights if they are the best so far."""
-    counters = state.counters
-    if counters.step not in run.limits.validate_at or counters.validated_step >= counters.step:
+    """Validate after this step if that is due and not done yet, and keep the weights if they are the best so far.
+
+    The state is saved before, so that being stopped meanwhile loses nothing, and after, so that a checkpoint never
+    calls weights the best that do not stand beside it.
+    """
+    counters, ranks = state.counters, run.replica.ranks
+    if run.validate is None or counters.step not in run.limits.validate_at or counters.validated_step >= counters.step:
         return
-    values = run.validate(counters.step)
+    begin = time.monotonic()
+    if counters.step != run.saved_step:
+        save_state(state, run)
+    # Several ranks must leave a validation together, so there a signal waits for its end.
+    with run.stop.at_once() if ranks.world == 1 else contextlib.nullcontext():
+        values = run.validate(counters.step)
     counters.validated_step = counters.step
     metric = run.checkpoint.metric
     if metric not in values:
@@ -256,13 +267,12 @@ def _validate_if_due(state: TrainState, run: Fit) -> None:
     falls = run.checkpoint.mode == "min" or (run.checkpoint.mode == "auto" and metric in ("loss", "perplexity"))
     best = counters.best_value
     if value == value and (best is None or (value < best if falls else value > best)):
-        ranks = run.replica.ranks
         if ranks.agree(ranks.is_main and run.checkpoints.save_best(counters.step, state.trainable())):
             counters.best_step, counters.best_value, counters.worse_in_a_row = counters.step, value, 0
-        save_state(state, run)  # a checkpoint that calls this step the best stands beside its weights from the start
     else:
         counters.worse_in_a_row += 1
-    run.log_time = time.monotonic()
+    save_state(state, run)
+    run.log_time += time.monotonic() - begin
 
 
 def _out_of_patience(state: TrainState, run: Fit) -> bool:
@@ -281,10 +291,13 @@ def _save_or_stop(state: TrainState, run: Fit) -> None:
     minutes = run.checkpoint.every_minutes
     due = minutes is not None and time.monotonic() - run.last_save >= minutes * 60
     ranks = run.replica.ranks
-    signal_sum, due_sum = ranks.sums([float(run.stop.received or 0), float(due and ranks.is_main)])
+    received = run.stop.received or 0
+    signal_sum, due_sum = ranks.sums([float(received), float(due and ranks.is_main)])
     if signal_sum:
-        save_state(state, run)
-        raise Interrupted(run.stop.received or int(max(ranks.gather(run.stop.received or 0))))
+        signum = max(ranks.gather(received))
+        if state.counters.step != run.saved_step:
+            save_state(state, run)
+        raise Interrupted(signum)
     if due_sum:
         save_state(state, run)
 
@@ -297,5 +310,8 @@ def save_state(state: TrainState, run: Fit) -> bool:
     if ranks.is_main:
         run.tracker.sync()
         saved = run.checkpoints.save(state.state_dict(rng))
-    run.last_save, run.saved_step = time.monotonic(), state.counters.step
+    run.last_save = time.monotonic()
+    saved = bool(ranks.agree(saved))
+    if saved:
+        run.saved_step = state.counters.step
     return saved

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_write
 
-__all__ = ["RunRecord", "describe_machine", "peak_device_bytes", "peak_rss_bytes"]
+__all__ = ["RunRecord", "describe_machine", "peak_device_bytes", "peak_rss_bytes", "reset_peaks"]
 
 _PACKAGES = ("ftlab", "torch", "numpy", "tokenizers", "safetensors", "gguf", "hydra-core", "sacrebleu", "rouge-score")
 
@@ -79,6 +82,14 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peaks(device: torch.device) -> None:
+    """Count peak memory from now on; where the system cannot, the peak stays that of the whole process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_device_bytes(device: torch.device) -> int:
     """The most memory that tensors took on the GPU so far, in bytes; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -87,15 +98,17 @@ def peak_device_bytes(device: torch.device) -> int:
 class RunRecord:
     """The content of run.json; only the main rank writes it."""
 
-    def __init__(self, run_dir: Path, *, enabled: bool = True) -> None:
+    def __init__(self, run_dir: Path, *, enabled: bool = True, content: dict[str, Any] | None = None) -> None:
         self.path = run_dir / "run.json"
         self._enabled = enabled
-        self.content: dict[str, Any] = {}
-        if self.path.exists():
+        self.content: dict[str, Any] = content or {}
+        if content is None and self.path.exists():
             try:
                 self.content = json.loads(self.path.read_text("utf-8"))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise FtlabError(f"{self.path} is not valid JSON ({error}); delete it to start the run anew") from None
+                raise FtlabError(
+                    f"{self.path} is not valid JSON ({error}); move the run folder away, or give another run_dir"
+                ) from None
 
     @property
     def status(self) -> str | None:
@@ -108,7 +121,7 @@ class RunRecord:
             format=1,
             name=name,
             status="running",
-            command=" ".join(["python", "-m", _module_name(), *(_quoted(a) for a in sys.argv[1:])]),
+            command=_command(world),
             started=self.content.get("started", _now()),
             commit=_git("rev-parse", "HEAD"),
             dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -126,9 +139,25 @@ class RunRecord:
             text = json.dumps(_writable(self.content), indent=2, ensure_ascii=False, allow_nan=False)
             atomic_write(self.path, text + "\n")
 
-    def end(self, status: str) -> None:
-        """Note how the run ended and when."""
-        self.update(status=status, finished=_now())
+    def try_update(self, **fields: Any) -> str:
+        """Like `update`, for the end of a run that already failed: a disk error is returned as text, else ""."""
+        try:
+            self.update(**fields)
+        except OSError as error:
+            return f"{self.path} could not be written ({error.strerror or error})"
+        return ""
+
+    def end(self, status: str) -> str:
+        """Note how the run ended and when, as `try_update` does."""
+        return self.try_update(status=status, finished=_now())
+
+
+def _command(world: int) -> str:
+    """The command line that started this, as a user would type it."""
+    start = (
+        ["python"] if world == 1 else ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(world))]
+    )
+    return " ".join([*start, "-m", _module_name(), *(shlex.quote(argument) for argument in sys.argv[1:])])
 
 
 def _writable(value: Any) -> Any:
@@ -143,9 +172,3 @@ def _writable(value: Any) -> Any:
 def _module_name() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return spec.name if spec is not None else "ftlab.train"
-
-
-def _quoted(argument: str) -> str:
-    import shlex
-
-    return shlex.quote(argument)

@@ -19,7 +19,7 @@ from torch import nn
 from ftlab.errors import FtlabError
 from ftlab.training.precision import Precision
 
-__all__ = ["Counters", "TrainState", "capture_rng", "restore_rng"]
+__all__ = ["Counters", "TrainState", "capture_rng", "changed_inputs", "restore_rng", "seed_rng"]
 
 
 @dataclass
@@ -35,7 +35,6 @@ class Counters:
     supervised: int = 0
     window_nats: float = 0.0  # summed since the last logged line
     window_supervised: int = 0
-    window_tokens: int = 0
     validated_step: int = -1
     best_step: int = -1
     best_value: float | None = None
@@ -67,6 +66,19 @@ def capture_rng() -> dict[str, Any]:
     }
 
 
+def seed_rng(*parts: object) -> None:
+    """Seed every generator of this process from a hash of `parts`, the same on every machine."""
+    seed = int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def changed_inputs(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Names of the inputs (model, data, ...) whose content is another one."""
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+
+
 def restore_rng(state: dict[str, Any]) -> None:
     """Put every generator of this process back to a captured state."""
     version, internal, gauss = state["python"]
@@ -86,6 +98,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     precision: Precision
     config_hash: str
+    inputs: dict[str, str] = field(default_factory=dict)  # what the run reads, by name: hashes of contents
     penalty_fingerprints: dict[str, str] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
 
@@ -104,6 +117,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "rng": rng_by_rank,
+            "inputs": self.inputs,
             "penalties": self.penalty_fingerprints,
         }
 
@@ -118,6 +132,11 @@ class TrainState:
                 f"the checkpoint was made by another configuration ({saved['config_hash']}, this one is "
                 f"{self.config_hash}); give the same settings, or start anew with resume=never"
             )
+        if changed := changed_inputs(saved["inputs"], self.inputs):
+            raise FtlabError(
+                f"the {' and the '.join(changed)} changed since the checkpoint was made; restore what it was, or start "
+                "anew with resume=never"
+            )
         if saved["penalties"] != self.penalty_fingerprints:
             raise FtlabError(
                 "the pretrained weights that the penalty is anchored to differ from those of the interrupted run "
@@ -131,7 +150,7 @@ class TrainState:
         if world == saved["world"]:
             restore_rng(saved["rng"][rank])
             return []
-        torch.manual_seed(torch.initial_seed() + self.counters.step * world + rank)
+        seed_rng(self.counters.step, rank, world, self.counters.data_digest)
         return [
             f"resumed with {world} rank(s) a run that had {saved['world']}: the data go on in the same order, but "
             "dropout masks cannot be the same"

@@ -153,11 +153,11 @@ def lora_fit(folder: Path, **changes: Any) -> tuple[TrainState, Fit]:
         penalties=[],
         limits=Limits(setting.total_steps, setting.validate_at, 1, setting.max_bad_steps, 1.0),
         checkpoint=setting.checkpoint,
-        checkpoints=Checkpoints(folder, 2, progress.message),
+        checkpoints=Checkpoints(folder, 2, progress.message, main=ranks.is_main),
         tracker=tracker,
         progress=progress,
         stop=StopSignal(),
-        validate=setting.validate,
+        validate=setting.validate if setting.validate_at else None,
         micro_batch_size=data.micro_batch_size,
         on_step=setting.on_step,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from ftlab.config import CheckpointConfig
 from ftlab.training.loop import fit
 from ftlab.training.parallel import Ranks, Replica
+from ftlab.training.signals import Interrupted, StopSignal
 from tests.helpers.training import data_config, lora_fit, ragged_examples, run_ranks
 
 
@@ -70,3 +72,23 @@ def test_never_exchanging_gradients_fails_the_same_assertion(tmp_path: Path) -> 
     broken = torch.load(tmp_path / "True.pt", weights_only=True)
     with pytest.raises(AssertionError):
         assert_equal_on_all_ranks(broken["hashes"])
+
+
+def _stopped(ranks: Ranks, folder: Path) -> None:
+    """SIGTERM reaches rank 1 alone, during step 3."""
+    state, run = lora_fit(
+        folder / "run", ranks=ranks, checkpoint=CheckpointConfig(every_steps=None, every_minutes=None)
+    )
+    with StopSignal() as stop, stop.deferred():
+        run.stop = stop
+        run.on_step = lambda step, *_: signal.raise_signal(signal.SIGTERM) if (step, ranks.rank) == (2, 1) else None
+        try:
+            fit(state, run)
+        except Interrupted as interrupted:
+            (folder / f"rank-{ranks.rank}").write_text(f"{interrupted.exit_code} after {state.counters.step}")
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(tmp_path: Path) -> None:
+    run_ranks(_stopped, tmp_path, tmp_path)
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["143 after 3"] * 2
+    assert (tmp_path / "run" / "step-00000003").exists()
