@@ -28,6 +28,19 @@ class Example:
     supervised: Sequence[bool]
     truncated: bool = False
 
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """The tokens before the last answer: what a model is asked to give it. Cut where the example was cut."""
+        return self.token_ids[: last_answer(self.supervised)]
+
+
+def last_answer(supervised: Sequence[bool]) -> int:
+    """Where the run of label flags at the end begins."""
+    start = len(supervised)
+    while start > 0 and supervised[start - 1]:
+        start -= 1
+    return start
+
 
 def encode(
     record: Record, template: ChatTemplate, tokenizer: Tokenizer, max_length: int, too_long: str
@@ -74,9 +87,7 @@ def truncated(example: Example, bos_id: int | None, max_length: int) -> Example:
     """The last `max_length` tokens, with the first one kept if it is BOS."""
     ids, supervised = list(example.token_ids), list(example.supervised)
     head = 1 if ids[0] == bos_id else 0
-    answer = len(supervised)
-    while answer > 0 and supervised[answer - 1]:
-        answer -= 1
+    answer = last_answer(supervised)
     needed = len(ids) - answer + max(head, 1)
     if needed > max_length:
         raise FtlabError(

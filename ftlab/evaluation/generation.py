@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from ftlab.config import EvaluationConfig
 from ftlab.data.records import Message, Record
-from ftlab.data.templates import ChatTemplate
 from ftlab.errors import FtlabError
 from ftlab.models.generation import generate
 from ftlab.models.llama import LlamaForCausalLM
@@ -54,8 +53,8 @@ def _share(order: Sequence[int], batch_size: int, rank: int, world: int) -> list
 def predict(
     model: LlamaForCausalLM,
     tokenizer: Tokenizer,
-    template: ChatTemplate,
     records: Sequence[Record],
+    prompts: Mapping[str, Sequence[int]],
     config: EvaluationConfig,
     *,
     rank: int = 0,
@@ -71,6 +70,8 @@ def predict(
 
     Args:
         model: the bare model, on the device it is to run on; the mode of its submodules is as before afterwards.
+        prompts: for the id of each record the token ids to go on from (`Example.prompt_ids`, so that a prompt which
+            was cut to data.max_length is the same here as under the loss).
         config: `generate_batch_size` (prompts generated together) and `max_new_tokens` are read.
         progress: called as progress(done, total) after each batch, in records of this rank.
 
@@ -82,12 +83,12 @@ def predict(
     mine: dict[int, str] = {}
     failure: Exception | None = None
     try:
-        prompts = [template.prompt_ids(record.messages[:-1]) for record in records]
-        order = sorted(range(len(records)), key=lambda index: (-len(prompts[index]), index))
+        asked = [prompts[record.id] for record in records]
+        order = sorted(range(len(records)), key=lambda index: (-len(asked[index]), index))
         batches = _share(order, config.generate_batch_size, rank, world)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for batch in batches:
-                mine.update(_answer(model, tokenizer, {index: prompts[index] for index in batch}, config))
+                mine.update(_answer(model, tokenizer, {index: asked[index] for index in batch}, config))
                 if progress is not None:
                     progress(len(mine), sum(map(len, batches)))
     except Exception as error:
@@ -102,7 +103,7 @@ def predict(
 
 
 def _answer(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Mapping[int, list[int]], config: EvaluationConfig
+    model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Mapping[int, Sequence[int]], config: EvaluationConfig
 ) -> dict[int, str]:
     """Texts generated for one batch of prompts, under the prompts' own keys."""
     generated = generate(

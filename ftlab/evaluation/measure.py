@@ -75,7 +75,8 @@ class Measurer:
     ) -> Measured:
         """Loss and perplexity of `examples`; scores of greedy answers to `records`, unless there are none.
 
-        `bootstrap` overrides the number of resamples behind the intervals. The random state is left as it was.
+        Each of `records` is one of `examples` and is asked with that example's tokens, cut or not. `bootstrap`
+        overrides the number of resamples behind the intervals. The random state is left as it was.
         """
         scores: dict[str, Score] = {}
         predictions: list[Prediction] = []
@@ -98,8 +99,8 @@ class Measurer:
                 predictions = predict(
                     model,
                     self.tokenizer,
-                    self.template,
                     records,
+                    {example.id: example.prompt_ids for example in examples},
                     self.config,
                     rank=self.peers.rank,
                     world=self.peers.world,

@@ -61,6 +61,7 @@ def test_labels_are_the_answers_byte_for_byte(name: str, turns: list[tuple[str, 
     prompt = template.prompt_ids(record.messages)
     assert list(example.token_ids[: len(prompt)]) == prompt
     assert list(example.token_ids[len(prompt) :]) == runs(example)[-1]
+    assert list(example.prompt_ids) == prompt
 
 
 @pytest.mark.network
@@ -105,6 +106,7 @@ def test_truncation_keeps_bos(tmp_path: object) -> None:
     assert cut is not None
     assert len(cut.token_ids) == len(cut.supervised) == 10
     assert [TOKENIZER.token(id) for id in cut.token_ids] == ["<s>", "n", "<|im_end|>", *"answer", "<|im_end|>"]
+    assert [TOKENIZER.token(id) for id in cut.prompt_ids] == ["<s>", "n", "<|im_end|>"]
     with pytest.raises(FtlabError, match="the answer alone is 7 tokens"):
         encode(make("question", "answer"), template, TOKENIZER, 7, "truncate")
 

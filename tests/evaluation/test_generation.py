@@ -13,6 +13,11 @@ from tests.helpers.models import tiny_llama
 SETTINGS = EvaluationConfig(generate_batch_size=3, max_new_tokens=6)
 
 
+def prompts_of(given: list[Record]) -> dict[str, list[int]]:
+    template = ChatTemplate.load("model", byte_tokenizer())
+    return {record.id: template.prompt_ids(record.messages) for record in given}
+
+
 def records(count: int = 7) -> list[Record]:
     """Prompts of very different lengths, not in order of length."""
     texts = ["slow " * (3 * i % 7) + f"heart {i}" for i in range(count)]
@@ -22,21 +27,19 @@ def records(count: int = 7) -> list[Record]:
 
 
 def test_predictions_do_not_depend_on_batches_and_keep_the_order() -> None:
-    model, tokenizer = tiny_llama(), byte_tokenizer()
-    template = ChatTemplate.load("model", tokenizer)
-    alone = [predict(model, tokenizer, template, [record], SETTINGS)[0] for record in records()]
+    model, tokenizer, prompts = tiny_llama(), byte_tokenizer(), prompts_of(records())
+    alone = [predict(model, tokenizer, [record], prompts, SETTINGS)[0] for record in records()]
     assert [p.id for p in alone] == [f"r{i}" for i in range(7)]
     assert alone[2].prompt == records()[2].messages[0].content
     assert alone[2].reference == "answer 2"
     assert len({p.prediction for p in alone}) > 1
     for size in (1, 2, 3, 50):
         settings = EvaluationConfig(generate_batch_size=size, max_new_tokens=6)
-        assert predict(model, tokenizer, template, records(), settings) == alone
+        assert predict(model, tokenizer, records(), prompts, settings) == alone
 
 
 def test_like_lengths_share_a_batch_longest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
-    template = ChatTemplate.load("model", tokenizer)
     lengths: list[list[int]] = []
 
     def fake(model: object, prompts: list[list[int]], **options: object) -> list[list[int]]:
@@ -47,7 +50,14 @@ def test_like_lengths_share_a_batch_longest_first(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(generation, "generate", fake)
     shown: list[tuple[int, int]] = []
     model = tiny_llama()
-    made = predict(model, tokenizer, template, records(), SETTINGS, progress=lambda done, of: shown.append((done, of)))
+    made = predict(
+        model,
+        tokenizer,
+        records(),
+        prompts_of(records()),
+        SETTINGS,
+        progress=lambda done, of: shown.append((done, of)),
+    )
     assert [p.prediction for p in made] == ["fever"] * 7
     flat = [length for batch in lengths for length in batch]
     assert flat == sorted(flat, reverse=True)
@@ -56,8 +66,7 @@ def test_like_lengths_share_a_batch_longest_first(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_records_is_no_predictions() -> None:
-    tokenizer = byte_tokenizer()
-    assert predict(tiny_llama(), tokenizer, ChatTemplate.load("model", tokenizer), [], SETTINGS) == []
+    assert predict(tiny_llama(), byte_tokenizer(), [], {}, SETTINGS) == []
 
 
 def test_prompt_text() -> None:

@@ -34,12 +34,17 @@ SPLIT = [Example(f"e{i}", list(range(50, 55 + 4 * i)), [j > 2 for j in range(5 +
 loss_sum = functools.partial(supervised_cross_entropy, chunk=16)
 
 
+def prompts_of(given: list[Record]) -> dict[str, list[int]]:
+    template = ChatTemplate.load("model", byte_tokenizer())
+    return {record.id: template.prompt_ids(record.messages) for record in given}
+
+
 def records() -> list[Record]:
     """For every other record the reference is what the model says by itself, so that there is something to count."""
     tokenizer, model = byte_tokenizer(), tiny_llama()
-    template = ChatTemplate.load("model", tokenizer)
     asked = [Record(f"r{i}", (Message("user", "ab " * i), Message("assistant", ""))) for i in range(1, 8)]
-    said = [predict(model, tokenizer, template, [record], EvaluationConfig(max_new_tokens=6))[0] for record in asked]
+    prompts, settings = prompts_of(asked), EvaluationConfig(max_new_tokens=6)
+    said = [predict(model, tokenizer, [record], prompts, settings)[0] for record in asked]
     references = [p.prediction if i % 2 else f"x y {p.prediction} z" for i, p in enumerate(said)]
     return [
         Record(record.id, (record.messages[0], Message("assistant", reference)))
@@ -52,13 +57,13 @@ def scores_of(predictions: list[Prediction]) -> dict[str, float]:
 
 
 def _evaluate(ranks: Ranks, folder: Path) -> None:
-    model, tokenizer = tiny_llama(), byte_tokenizer()
-    template = ChatTemplate.load("model", tokenizer)
+    model, tokenizer, asked = tiny_llama(), byte_tokenizer(), records()
+    prompts = prompts_of(asked)
     found: dict[str, Any] = {}
     for size in BATCH_SIZES:
         batches = eval_batches(SPLIT, size, ranks.rank, ranks.world, pad_id=258)
         settings = EvaluationConfig(generate_batch_size=size, max_new_tokens=6)
-        predictions = predict(model, tokenizer, template, records(), settings, rank=ranks.rank, world=ranks.world)
+        predictions = predict(model, tokenizer, asked, prompts, settings, rank=ranks.rank, world=ranks.world)
         found[str(size)] = {
             "loss": evaluate_loss(model, batches, loss_sum, ranks.sum),
             "scores": scores_of(predictions),
@@ -76,10 +81,10 @@ def failure_on_one_rank(ranks: Ranks) -> str:
         if ranks.rank == 1:
             raise MemoryError("no room")
 
-    template = ChatTemplate.load("model", tokenizer)
-    settings = EvaluationConfig(generate_batch_size=1, max_new_tokens=2)
+    asked, settings = records(), EvaluationConfig(generate_batch_size=1, max_new_tokens=2)
+    prompts = prompts_of(asked)
     try:
-        predict(tiny_llama(), tokenizer, template, records(), settings, rank=ranks.rank, world=2, progress=interrupt)
+        predict(tiny_llama(), tokenizer, asked, prompts, settings, rank=ranks.rank, world=2, progress=interrupt)
     except Exception as error:
         return str(error)
     return "nothing"
@@ -87,12 +92,11 @@ def failure_on_one_rank(ranks: Ranks) -> str:
 
 def one_by_one() -> tuple[dict[str, float], dict[str, float]]:
     """Loss and scores by one process that looks at each example by itself."""
-    model, tokenizer = tiny_llama(), byte_tokenizer()
-    template = ChatTemplate.load("model", tokenizer)
-    settings = EvaluationConfig(max_new_tokens=6)
+    model, tokenizer, asked = tiny_llama(), byte_tokenizer(), records()
+    prompts, settings = prompts_of(asked), EvaluationConfig(max_new_tokens=6)
     sums = [float(loss_sum(model, collate_rows([[example]], 258)).detach()) for example in SPLIT]
     tokens = sum(sum(example.supervised) for example in SPLIT)
-    predictions = [predict(model, tokenizer, template, [record], settings)[0] for record in records()]
+    predictions = [predict(model, tokenizer, [record], prompts, settings)[0] for record in asked]
     return {"loss": sum(sums) / tokens, "tokens": tokens}, scores_of(predictions)
 
 
