@@ -8,11 +8,12 @@ import os
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ftlab.errors import ConfigError, FtlabError
 
-__all__ = ["guarded", "parse"]
+__all__ = ["at_least_one", "can_be_written", "guarded", "parse"]
 
 T = TypeVar("T")
 
@@ -68,14 +69,40 @@ def parse(cls: type[T], argv: list[str], usage: str) -> tuple[T, list[str]]:
     return cls(**values), words
 
 
+def at_least_one(**values: int | None) -> None:
+    """Raise ConfigError for the first number below 1; None is no number."""
+    for key, value in values.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}={value}: give at least 1")
+
+
+def can_be_written(key: str, path: str) -> None:
+    """Raise ConfigError if nothing can be put at `path`; asked before the work, so that none of it is lost."""
+    parent = Path(path).absolute().parent
+    if not parent.is_dir():
+        raise ConfigError(f"{key}={path}: there is no folder {parent}; make it, or give another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={path}: the folder {parent} is not writable; give another place")
+
+
 def guarded(command: Callable[[list[str]], int], argv: list[str] | None) -> int:
-    """Run a command; a mistake of the user becomes one line on stderr and its exit status."""
+    """Run a command; a mistake of the user, or of the file system, becomes one line on stderr and an exit status.
+
+    `FTLAB_DEBUG=1` keeps the traceback.
+    """
     try:
         return command(sys.argv[1:] if argv is None else argv)
-    except FtlabError as error:
+    except (FtlabError, OSError) as error:
         if os.environ.get("FTLAB_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        print("error:", " ".join(_said(error).split()), file=sys.stderr)
+        return error.exit_code if isinstance(error, FtlabError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _said(error: FtlabError | OSError) -> str:
+    """What to tell of an error: the file first, if the operating system named one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

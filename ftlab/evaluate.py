@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftlab.arguments import guarded, parse
-from ftlab.errors import ConfigError
+from ftlab.arguments import at_least_one, can_be_written, guarded, parse
+from ftlab.errors import ConfigError, FtlabError
 
 if TYPE_CHECKING:
     from ftlab.config import Config
@@ -42,6 +42,11 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"base={arguments.base}: give no, also or only")
     if arguments.split not in ("train", "validation", "test"):
         raise ConfigError(f"split={arguments.split}: give train, validation or test")
+    at_least_one(limit=arguments.limit, batch_size=arguments.batch_size)
+    if arguments.out is not None:
+        can_be_written("out", arguments.out)
+        if Path(arguments.out).is_dir():
+            raise ConfigError(f"out={arguments.out} is a folder; give a file")
 
     import json
 
@@ -78,6 +83,8 @@ def _measure(arguments: EvaluateArguments, config: Config, ranks: Ranks, *, base
     data = opened.data()
     examples = getattr(data, arguments.split)[: arguments.limit]
     records = getattr(data.splits, arguments.split)[: arguments.limit]
+    if not examples:
+        raise FtlabError(f"the {arguments.split} split of the run in {arguments.run} is empty; give another split=...")
     settings = replace(config.evaluation, batch_size=arguments.batch_size or config.evaluation.batch_size)
     measurer = Measurer(
         settings, opened.tokenizer, data.template, build.loss_sum_of(config), opened.precision.autocast, ranks

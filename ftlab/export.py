@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftlab.arguments import guarded, parse
+from ftlab.arguments import can_be_written, guarded, parse
 from ftlab.errors import ConfigError, FtlabError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"dtype={arguments.dtype}: give fp32, bf16 or fp16")
     if Path(arguments.out).exists():
         raise ConfigError(f"out={arguments.out} exists already; give a new folder")
+    can_be_written("out", arguments.out)
 
     from ftlab.files import atomic_directory
     from ftlab.models.checkpoint import save_safetensors

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ftlab.arguments import guarded, parse
+from ftlab.arguments import at_least_one, guarded, parse
 from ftlab.errors import ConfigError
 
 __all__ = ["GenerateArguments", "main"]
@@ -29,8 +29,7 @@ class GenerateArguments:
 
 def _run(argv: list[str]) -> int:
     arguments, words = parse(GenerateArguments, argv, _USAGE)
-    if arguments.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={arguments.max_new_tokens}: give at least 1")
+    at_least_one(max_new_tokens=arguments.max_new_tokens)
     if words == ["-"]:
         words = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not words:
