@@ -304,10 +304,22 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_only_rank_zero_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_zero_speaks_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run_command(["method.rnk=1"], refuse) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [[], ["-m", "optimizer.lr=1"]])
+def test_what_another_rank_alone_finds_is_said_too(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "3")
+    assert run_command(words, raising(FtlabError("no\nspace left"))) == 1
+    assert capsys.readouterr().err == "error: rank 3: no space left\n"
 
 
 def test_hydra_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,9 +50,10 @@ def run_command(argv: Sequence[str] | None, task: Task, *, name: str = "ftlab.tr
     """Run a command on a command line and return its exit code.
 
     The task gets the typed configuration and its plain dictionary (see `ftlab.schema.config_to_dict`); it returns an
-    exit code (None: 0) and may raise FtlabError. A mistake prints one line on rank 0; `FTLAB_DEBUG=1` adds the
-    traceback. With `-m` every combination is checked before the first runs, a failed run does not stop the others, and
-    the exit code is that of the first failure.
+    exit code (None: 0) and may raise FtlabError. A mistake prints one line; one in the command line or configuration,
+    which every rank finds alike, on rank 0 alone. `FTLAB_DEBUG=1` adds the traceback. With `-m` every combination is
+    checked before the first runs, a failed run does not stop the others, and the exit code is that of the first
+    failure.
     """
     try:
         return dispatch(list(sys.argv[1:] if argv is None else argv), task, name)
@@ -67,10 +68,15 @@ def run_command(argv: Sequence[str] | None, task: Task, *, name: str = "ftlab.tr
 def report_error(error: FtlabError, code: int | None = None) -> int:
     """Print `error: ...` in one line on rank 0 and return the exit code."""
     if rank() == 0:
-        if os.environ.get("FTLAB_DEBUG") == "1":
-            traceback.print_exception(error)
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print_error(error, "error:")
     return error.exit_code if code is None else code
+
+
+def print_error(error: FtlabError, prefix: str) -> None:
+    """The error in one line on stderr, after its traceback if that was asked for."""
+    if os.environ.get("FTLAB_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(prefix, " ".join(str(error).split()), file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -176,7 +182,10 @@ class Outcome:
 
 
 class Job:
-    """The function that Hydra calls with one composed configuration. Never raises an ordinary exception."""
+    """The function that Hydra calls with one composed configuration. Never raises an ordinary exception.
+
+    An error of the task is printed here on every rank but 0, whose caller prints it: it may be that rank's alone.
+    """
 
     def __init__(self, composer: Composer, task: Task) -> None:
         self.composer = composer
@@ -186,7 +195,12 @@ class Job:
     def __call__(self, composed: DictConfig) -> None:
         try:
             config, resolved = self.composer.typed(composed)
-            self.outcome = Outcome(self.task(config, resolved) or 0)
+            try:
+                self.outcome = Outcome(self.task(config, resolved) or 0)
+            except FtlabError as error:
+                if rank() != 0:
+                    print_error(error, f"error: rank {rank()}:")
+                raise
         except FtlabError as error:
             self.outcome = Outcome(error.exit_code, error)
         except Exception as error:
