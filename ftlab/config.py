@@ -217,7 +217,7 @@ class ScheduleConfig:
     """What every schedule has. The rate is lr * factor(step)."""
 
     warmup_steps: int | None = option(None, "optimizer steps of linear warmup; null: warmup_fraction", low=0)
-    warmup_fraction: float = option(0.03, "share of all steps spent warming up", low=0, high=1)
+    warmup_fraction: float = option(0.03, "share of all steps spent warming up", low=0, below=1)
 
 
 @dataclass

@@ -222,14 +222,14 @@ def check_arguments(entry: dict[str, Any], key: str, target: Callable[..., Any])
 
 
 def check_schedule(config: Config) -> None:
-    """Phases that fit into the run."""
+    """A run with an end, and phases that fit into one of any length.
+
+    Where the number of steps is known, `ftlab.compose` also makes the schedule itself.
+    """
     schedule, training = config.schedule, config.training
     if training.epochs is None and training.max_steps is None:
         raise ConfigError("training.epochs: the run has no end; give training.epochs or training.max_steps")
-    warmup, last = schedule.warmup_steps, training.max_steps
-    if warmup is not None and last is not None and warmup > last:
-        raise ConfigError(f"schedule.warmup_steps: {warmup} is more than training.max_steps={last}; lower it")
-    if not isinstance(schedule, WSDConfig) or warmup is not None:
+    if not isinstance(schedule, WSDConfig) or schedule.warmup_steps is not None:
         return
     if schedule.warmup_fraction + schedule.decay_fraction > 1:
         raise ConfigError(
@@ -263,6 +263,13 @@ def check_evaluation(config: Config) -> None:
                     f"checkpoint.{key}: {str(value).lower()} needs validation, and evaluation.times is 0; give "
                     f"evaluation.times, or checkpoint.{key}={'false' if key == 'load_best' else 'null'}"
                 )
+    named = isinstance(config.data, FilesDataConfig) and config.data.validation is not None
+    if checkpoint.patience is not None and config.data.validation_fraction == 0 and not named:
+        files = " or data.validation" if isinstance(config.data, FilesDataConfig) else ""
+        raise ConfigError(
+            f"checkpoint.patience: {checkpoint.patience} needs validation, and data.validation_fraction is 0; give "
+            f"data.validation_fraction{files}, or checkpoint.patience=null"
+        )
     every = (*LOSS_METRICS, *GENERATION_METRICS)
     if checkpoint.metric not in every:
         near = suggestion(checkpoint.metric, every, "checkpoint.metric={}")

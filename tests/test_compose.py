@@ -111,6 +111,12 @@ def test_a_mistake_is_one_line(override: str, capsys: pytest.CaptureFixture[str]
         (("-m", "schedule=cosine,wsd", "schedule.decay_fraction=0.1"), "it belongs to schedule=wsd"),
         (("-m", "method.rank=interval(1,2)"), "INTERVAL_SWEEP"),
         (("-m", "parallel.threads=1,2"), "would share the folder"),
+        (("training.max_steps=5", "schedule.warmup_steps=5"), "schedule.warmup_steps: a warmup of 5 steps leaves"),
+        (
+            ("training.max_steps=10", "schedule=wsd", "schedule.warmup_steps=6", "schedule.decay_fraction=0.5"),
+            "schedule.decay_fraction: 5 steps of decay and 6 of warmup do not fit into a run of 10",
+        ),
+        (("-m", "training.max_steps=10,5", "schedule.warmup_steps=6"), "leaves nothing of a run of 5"),
         (("-m", "method.rank=1,2", "run_dir=here"), "leave run_dir unset"),
     ],
 )
@@ -373,7 +379,9 @@ def ftlab_train(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("argv", [("optimizer.lr=abc",), ("-m", "method.rank=4,8", "schedule=cosine,lineer")])
+@pytest.mark.parametrize(
+    "argv", [("training.max_steps=1", "schedule.warmup_steps=1"), ("-m", "method.rank=4,8", "schedule=cosine,lineer")]
+)
 def test_a_mistake_ends_the_program_quickly(argv: tuple[str, ...]) -> None:
     start = time.monotonic()
     done = ftlab_train(*argv)

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from ftlab.config import AdamWConfig, Config, CosineConfig, FilesDataConfig, LoRAConfig, RandomConfig, WSDConfig
+from ftlab.config import (
+    AdamWConfig,
+    Config,
+    CosineConfig,
+    FilesDataConfig,
+    HPODataConfig,
+    LoRAConfig,
+    RandomConfig,
+    WSDConfig,
+)
 from ftlab.errors import ConfigError
 from ftlab.evaluation.text_metrics import METRICS
 from ftlab.validate import GENERATION_METRICS, validate
@@ -62,7 +71,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"method__targets": []}, "method.targets: it names no layer"),
     ({"method__targets": ["q_proj", " "]}, "method.targets: it names no layer"),
     ({"training__epochs": None}, "training.epochs: the run has no end"),
-    ({"training__max_steps": 5, "schedule__warmup_steps": 6}, "schedule.warmup_steps: 6 is more than"),
     ({"schedule": WSDConfig(warmup_fraction=0.5, decay_fraction=0.6)}, "schedule.decay_fraction: 0.6 and"),
     ({"precision__compute": "fp16", "parallel__device": "cpu"}, "precision.compute: fp16 needs a CUDA GPU"),
     ({"precision__frozen": "fp16"}, "precision.frozen: fp16 goes with precision.compute=fp16, not fp32"),
@@ -75,7 +83,20 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint__metric": "bleu", "evaluation__generate": False}, "checkpoint.metric: bleu needs generation"),
     ({"method__dropout": float("nan")}, "method.dropout: nan is not a finite number"),
     ({"optimizer__max_grad_norm": 0.0}, "optimizer.max_grad_norm: 0.0 is out of range, must be more than 0"),
-    ({"schedule__warmup_fraction": 1.1}, "must be at least 0 and at most 1"),
+    ({"schedule__warmup_fraction": 1.1}, "must be at least 0 and less than 1"),
+    ({"schedule__warmup_fraction": 1.0}, "schedule.warmup_fraction: 1.0 is out of range"),
+    (
+        {"data__validation_fraction": 0.0, "checkpoint__patience": 2},
+        "checkpoint.patience: 2 needs validation, and data.validation_fraction is 0; give data.validation_fraction or "
+        "data.validation, or",
+    ),
+    (
+        {
+            "data": HPODataConfig(location=__file__, validation_fraction=0.0),
+            "checkpoint__patience": 2,
+        },
+        "is 0; give data.validation_fraction, or checkpoint.patience=null",
+    ),
     ({"regularizer__l2_sp__strength": -1.0}, "regularizer.l2_sp.strength: -1.0 is out of range"),
 ]
 
@@ -99,6 +120,8 @@ def test_a_contradiction_is_refused(values: dict[str, Any], expected: str) -> No
         {"optimizer__max_grad_norm": None},
         {"data__template": __file__},
         {"checkpoint__metric": "bleu"},
+        {"data__validation_fraction": 0.0},
+        {"data__validation_fraction": 0.0, "data__validation": __file__, "checkpoint__patience": 2},
     ],
 )
 def test_what_only_looks_like_a_contradiction_passes(values: dict[str, Any]) -> None:

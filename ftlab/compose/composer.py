@@ -29,6 +29,7 @@ import ftlab
 from ftlab.compose.explain import Explanation, first_line, flatten, help_of, rephrase, unknown_key
 from ftlab.config import Config
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.optim.schedules import make_schedule
 from ftlab.schema import GROUPS, config_to_dict, hints, suggestion
 from ftlab.validate import validate
 
@@ -128,6 +129,8 @@ class Composer:
             raise ConfigError(f"{error.full_key}: {rephrase(error, str(error.full_key))}") from error
         assert isinstance(config, Config)
         validate(config)
+        if config.training.max_steps is not None:  # otherwise the number of steps depends on the data
+            make_schedule(config.schedule, config.training.max_steps)
         return config, config_to_dict(config)
 
 

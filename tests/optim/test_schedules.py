@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -101,6 +103,17 @@ def test_warmup_steps_come_before_the_fraction() -> None:
 def test_what_does_not_fit_is_refused(config: ScheduleConfig, total: int, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         make_schedule(config, total)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 10, 33, 100])
+def test_fractions_that_sum_to_one_fit_into_a_run_of_any_length(total: int) -> None:
+    for share in range(100):
+        make_schedule(WSDConfig(warmup_fraction=share / 100, decay_fraction=round(1 - share / 100, 2)), total)
+
+
+def test_the_check_of_a_configuration_needs_no_torch() -> None:
+    program = "import sys, ftlab.optim.schedules; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_a_negative_step_is_a_mistake() -> None:
