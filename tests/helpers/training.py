@@ -164,14 +164,20 @@ def lora_fit(folder: Path, **changes: Any) -> tuple[TrainState, Fit]:
     return TrainState(model, optimizer, precision, "hash"), run
 
 
-def _rank_main(rank: int, world: int, port_file: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank_main(
+    rank: int, world: int, port_file: str, seconds: float, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     import datetime
 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{port_file}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{port_file}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=seconds),
     )
     try:
         function(Ranks(rank, world, torch.device("cpu")), *arguments)
@@ -179,6 +185,12 @@ def _rank_main(rank: int, world: int, port_file: str, function: Callable[..., An
         dist.destroy_process_group()
 
 
-def run_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, world: int = 2) -> None:
-    """Call ``function(ranks, *arguments)`` in `world` processes; an exception in one is raised here."""
-    mp.spawn(_rank_main, (world, str(folder / "rendezvous"), function, arguments), nprocs=world, join=True)
+def run_ranks(
+    function: Callable[..., Any], folder: Path, *arguments: Any, world: int = 2, timeout_seconds: float = 60
+) -> None:
+    """Call ``function(ranks, *arguments)`` in `world` processes; an exception in one is raised here.
+
+    A collective that waits longer than `timeout_seconds` fails.
+    """
+    place = str(folder / "rendezvous")
+    mp.spawn(_rank_main, (world, place, timeout_seconds, function, arguments), nprocs=world, join=True)
