@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,60 @@ import torch
 from ftlab.config import CheckpointConfig
 from ftlab.training.checkpoint import read_checkpoint
 from ftlab.training.loop import StepResult, fit
+from ftlab.training.precision import Precision
 from tests.helpers.training import lora_fit
+from tests.traps.test_08_grad_scaler_order import ScaledFp32
 
 STEPS = 12
+OVERFLOWING_SCALE = 2.0**126
 
 
 class Killed(Exception):  # noqa: N818 - stands for a signal, not for a mistake
     pass
 
 
-def run(folder: Path, *, kill_after: int | None = None, resume: bool = False, forget: str = "") -> dict[str, Any]:
-    """One process's life: every loss, the ids of every batch, the final weights."""
+# What each variant forgets: counters are named with the value that a new run has.
+FORGOTTEN_COUNTERS: dict[str, dict[str, Any]] = {
+    "cursor": {"epoch": 0, "index": 0},
+    "skipped": {"skipped": 0},
+    "worse_in_a_row": {"worse_in_a_row": 0},
+    "best_value": {"best_value": None},
+    "best_step": {"best_step": -1},
+    "validated_step": {"validated_step": -1},
+}
+
+
+def forgetful(saved: dict[str, Any], forget: str) -> dict[str, Any]:
+    """The saved state without one part."""
+    if forget == "rng":
+        return {**saved, "rng": [{**saved["rng"][0], "torch": torch.get_rng_state()}]}
+    if forget == "optimizer":
+        return {**saved, "optimizer": {**saved["optimizer"], "state": {}}}
+    if forget == "scaler":
+        return {**saved, "scaler": {}}
+    return {**saved, "counters": {**saved["counters"], **FORGOTTEN_COUNTERS[forget]}} if forget else saved
+
+
+def overflowing() -> Precision:
+    """A loss scale so large that the first steps overflow and are left out until it has been halved enough."""
+    precision = ScaledFp32()
+    precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": OVERFLOWING_SCALE})
+    return precision
+
+
+def run(
+    folder: Path,
+    *,
+    kill_after: int | None = None,
+    resume: bool = False,
+    forget: str = "",
+    patience: int | None = None,
+    scaled: bool = False,
+) -> dict[str, Any]:
+    """One process's life: every loss, the ids of every batch, the final weights, counters and loss scale.
+
+    With `patience` every validation after the first is worse, so that the run stops early.
+    """
     trace: dict[str, Any] = {"losses": {}, "ids": {}}
 
     def on_step(step: int, result: StepResult, ids: tuple[str, ...]) -> None:
@@ -33,33 +77,31 @@ def run(folder: Path, *, kill_after: int | None = None, resume: bool = False, fo
         folder,
         total_steps=STEPS,
         on_step=on_step,
-        validate_at=frozenset({6, 12}),
-        checkpoint=CheckpointConfig(every_steps=1, every_minutes=None),
+        validate=lambda step: {"loss": 1.0 / step if patience is None else 1.0 + step},
+        validate_at=frozenset({6, 12} if patience is None else range(2, STEPS + 1, 2)),
+        checkpoint=CheckpointConfig(every_steps=1, every_minutes=None, patience=patience),
     )
-    if resume:
-        saved = setting.checkpoints.newest()
-        if saved is not None:
-            if forget == "rng":
-                saved["rng"] = [{**saved["rng"][0], "torch": torch.get_rng_state()}]
-            if forget == "cursor":
-                saved["counters"] = {**saved["counters"], "epoch": 0, "index": 0}
-            if forget == "optimizer":
-                saved["optimizer"] = {**saved["optimizer"], "state": {}}
-            state.load_state_dict(saved, 0, 1)
+    if scaled:
+        state.precision = overflowing()
+    if resume and (saved := setting.checkpoints.newest()) is not None:
+        state.load_state_dict(forgetful(saved, forget), 0, 1)
     try:
         fit(state, setting)
     except Killed:
         return trace
     trace["weights"] = {name: tensor.clone() for name, tensor in state.trainable().items()}
-    trace["digest"] = state.counters.data_digest
+    trace["counters"] = asdict(state.counters)
+    trace["scale"] = state.precision.scaler.get_scale()
     return trace
 
 
 def assert_continues(later: dict[str, Any], whole: dict[str, Any]) -> None:
+    assert later["losses"].keys() <= whole["losses"].keys()
     for step, loss in later["losses"].items():
         assert loss == whole["losses"][step], f"loss of step {step}"
         assert later["ids"][step] == whole["ids"][step], f"ids of step {step}"
-    assert later["digest"] == whole["digest"]
+    assert later["counters"] == whole["counters"]
+    assert later["scale"] == whole["scale"]
     for name, tensor in whole["weights"].items():
         assert torch.equal(later["weights"][name], tensor), name
 
@@ -73,12 +115,40 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
         assert_continues(run(folder, resume=True), whole)
 
 
-@pytest.mark.parametrize("forget", ["rng", "cursor", "optimizer"])
-def test_forgetting_anything_fails_the_same_assertion(tmp_path: Path, forget: str) -> None:
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "killed", kill_after=5)
+@pytest.mark.parametrize("settings", [{"patience": 2}, {"scaled": True}], ids=["patience", "loss scale"])
+def test_killed_with_patience_or_a_loss_scale(tmp_path: Path, settings: dict[str, Any]) -> None:
+    whole = run(tmp_path / "whole", **settings)
+    if "patience" in settings:
+        assert whole["counters"]["step"] == 6  # best after step 2, worse after 4 and 6
+        assert whole["counters"]["best_step"] == 2
+    else:
+        assert 0 < whole["counters"]["skipped"] < 4
+        assert whole["scale"] == OVERFLOWING_SCALE / 2 ** whole["counters"]["skipped"]
+    for kill_after in range(1, whole["counters"]["step"] + 1):
+        folder = tmp_path / f"killed-{kill_after}"
+        run(folder, kill_after=kill_after, **settings)
+        assert_continues(run(folder, resume=True, **settings), whole)
+
+
+@pytest.mark.parametrize(
+    ("forget", "settings"),
+    [
+        ("rng", {}),
+        ("cursor", {}),
+        ("optimizer", {}),
+        ("worse_in_a_row", {"patience": 2}),
+        ("best_value", {"patience": 2}),
+        ("best_step", {"patience": 2}),
+        ("validated_step", {"patience": 2}),
+        ("scaler", {"scaled": True}),
+        ("skipped", {"scaled": True}),
+    ],
+)
+def test_forgetting_anything_fails_the_same_assertion(tmp_path: Path, forget: str, settings: dict[str, Any]) -> None:
+    whole = run(tmp_path / "whole", **settings)
+    run(tmp_path / "killed", kill_after=5, **settings)
     with pytest.raises(AssertionError):
-        assert_continues(run(tmp_path / "killed", resume=True, forget=forget), whole)
+        assert_continues(run(tmp_path / "killed", resume=True, forget=forget, **settings), whole)
 
 
 def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
