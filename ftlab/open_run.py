@@ -10,7 +10,7 @@ from typing import Any
 
 from ftlab import build
 from ftlab.config import Config, ParallelConfig, from_plain
-from ftlab.errors import FtlabError
+from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import Method, make_method
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
@@ -93,4 +93,6 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None) -> OpenRu
 
 def parallel_of(config: Config, device: str | None) -> ParallelConfig:
     """The run's parallel settings, on another device if one was asked for."""
+    if device not in (None, "auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device}: give auto, cpu or cuda")
     return ParallelConfig(device or config.parallel.device, config.parallel.threads, config.parallel.timeout_seconds)

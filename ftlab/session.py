@@ -161,7 +161,7 @@ class _Session:
         state = TrainState(built.model, built.optimizer, precision, self.hash, inputs, penalties)
         self._describe(data, loader, built)
         saved = self._find_checkpoint()
-        measurer = self._measurer(data, tokenizer, built)
+        measurer = self._measurer(tokenizer, built)
         self._baseline(measurer, data, built)
         replica = Replica(built.model, build.loss_sum_of(self.config), self.ranks)
         if self.config.training.preflight:
@@ -285,10 +285,10 @@ class _Session:
             how = f"trains, rate x {row['lr_scale']:g}" if row["trainable"] else "frozen"
             self.progress.message(f"  {row['count']:>13,} in {row['tensors']:>4} tensors  {how:<18}  {row['rule']}")
 
-    def _measurer(self, data: build.DataSet, tokenizer: Tokenizer, built: build.Built) -> Measurer:
+    def _measurer(self, tokenizer: Tokenizer, built: build.Built) -> Measurer:
         loss_sum = build.loss_sum_of(self.config)
         return Measurer(
-            self.config.evaluation, tokenizer, data.template, loss_sum, built.precision.autocast, self.ranks
+            self.config.evaluation, tokenizer, loss_sum, built.precision.autocast, self.ranks
         )
 
     def _test(self, measurer: Measurer, data: build.DataSet, built: build.Built, who: str) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ftlab.config import EvaluationConfig
 from ftlab.data.loader import Batch, eval_batches
 from ftlab.data.records import Record
-from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import Example
 from ftlab.evaluation.generation import Prediction, predict
 from ftlab.evaluation.loss import evaluate_loss
@@ -59,7 +58,6 @@ class Measurer:
 
     config: EvaluationConfig
     tokenizer: Tokenizer
-    template: ChatTemplate
     loss_sum: Callable[[nn.Module, Batch], Tensor]
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     peers: Peers

@@ -38,7 +38,7 @@ def asked_under(max_length: int, monkeypatch: pytest.MonkeyPatch) -> list[list[i
 
     monkeypatch.setattr(generation, "generate", fake)
     loss_sum = functools.partial(supervised_cross_entropy, chunk=16)
-    measurer = Measurer(EvaluationConfig(), TOKENIZER, TEMPLATE, loss_sum, contextlib.nullcontext, Ranks())
+    measurer = Measurer(EvaluationConfig(), TOKENIZER, loss_sum, contextlib.nullcontext, Ranks())
     measured = measurer.measure(
         tiny_llama(), [example for example in examples if example is not None], RECORDS, bootstrap=100
     )
