@@ -125,7 +125,21 @@ def block(name: str, results: Path) -> str:
     path = results / f"{name}.json"
     if not path.exists():
         return f"Not measured yet: there is no record `docs/results/{name}.json`.\n"
-    return f"\n{table(json.loads(path.read_text('utf-8')))}\nRecord: [{name}.json](docs/results/{name}.json)\n\n"
+    record = json.loads(path.read_text("utf-8"))
+    made = peers_table(record) if record["name"] == "bench_peers" else table(record)
+    return f"\n{made}\nRecord: [{name}.json](docs/results/{name}.json)\n\n"
+
+
+def peers_table(record: dict[str, Any]) -> str:
+    """A record of scripts/bench_peers.py as Markdown: ratios to the best Hugging Face setting, measured in one run."""
+    lines = ["| | real tokens/s, x the fastest | peak memory, x the lowest | held-out loss |", "|---|---:|---:|---:|"]
+    for name, row in record["summary"].items():
+        cells = f"{row['speed_ratio']:.2f} | {row['memory_ratio']:.2f} | {row['held_out_loss']:.3f}"
+        lines.append(f"| {name} | {cells} |")
+    rounds = 1 + max(run["repeat"] for run in record["runs"])
+    where = f"on {machine(record['device'])}; {rounds} round{'s' if rounds > 1 else ''}"
+    lines += ["", f"`{record['command']}`, commit {record['commit'][:10]}, {where}."]
+    return "\n".join(lines) + "\n"
 
 
 def rewrite(text: str, results: Path) -> str:
