@@ -86,9 +86,7 @@ def _measure(arguments: EvaluateArguments, config: Config, ranks: Ranks, *, base
     if not examples:
         raise FtlabError(f"the {arguments.split} split of the run in {arguments.run} is empty; give another split=...")
     settings = replace(config.evaluation, batch_size=arguments.batch_size or config.evaluation.batch_size)
-    measurer = Measurer(
-        settings, opened.tokenizer, build.loss_sum_of(config), opened.precision.autocast, ranks
-    )
+    measurer = Measurer(settings, opened.tokenizer, build.loss_sum_of(config), opened.precision.autocast, ranks)
     return measurer.measure(opened.model, examples, records if settings.generate else [])
 
 

@@ -287,9 +287,7 @@ class _Session:
 
     def _measurer(self, tokenizer: Tokenizer, built: build.Built) -> Measurer:
         loss_sum = build.loss_sum_of(self.config)
-        return Measurer(
-            self.config.evaluation, tokenizer, loss_sum, built.precision.autocast, self.ranks
-        )
+        return Measurer(self.config.evaluation, tokenizer, loss_sum, built.precision.autocast, self.ranks)
 
     def _test(self, measurer: Measurer, data: build.DataSet, built: build.Built, who: str) -> None:
         """Score the test split and keep scores and answers under `who` (base or final)."""
