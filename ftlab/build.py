@@ -12,26 +12,27 @@ import torch
 
 from ftlab.assets import describe, parse_location, resolve
 from ftlab.config import Config, PretrainedConfig, RandomConfig
-from ftlab.data.loader import Batch, RowLoader
+from ftlab.data.loader import RowLoader
 from ftlab.data.records import Record, SourceInfo, Splits, load_records
 from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import Example, encode_all
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import Penalty, build_penalties
-from ftlab.methods import Method
+from ftlab.methods import Method, make_method
 from ftlab.methods.trainable import ParameterRow
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
 from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ftlab.optim.adamw import build_optimizer
 from ftlab.training.parallel import Ranks
-from ftlab.training.precision import Precision
+from ftlab.training.precision import Precision, dtype_of
 
 __all__ = [
     "Built",
     "DataSet",
     "base_location",
+    "build_base",
     "build_data",
     "build_loader",
     "build_model",
@@ -111,6 +112,13 @@ def build_model(config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: to
     return random_llama(llama, seed=sizes.init_seed).to(device=ranks.device, dtype=dtype)
 
 
+def build_base(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> tuple[LlamaForCausalLM, Method]:
+    """The untouched base model and the method that is to change it, which settles the dtype of the stored weights."""
+    method = make_method(config.method, seed=config.training.seed)
+    dtype = dtype_of(config.precision.frozen if method.keeps_base else "fp32")
+    return build_model(config, tokenizer, ranks, dtype=dtype), method
+
+
 def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     """Records, split and tokenised. Every example has a supervised token, or this raises with its id."""
     splits, source = load_records(config.data)
@@ -125,8 +133,7 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     sides = ((splits.train, train), (splits.validation, validation), (splits.test, test))
     kept = [_kept(records, examples) for records, examples in sides]
     notes = list(source.notes)
-    dropped = sum(len(side) for side in (splits.train, splits.validation, splits.test))
-    if dropped := dropped - len(train) - len(validation) - len(test):
+    if dropped := sum(len(records) - len(examples) for records, examples in sides):
         notes.append(f"{dropped} records are longer than data.max_length={config.data.max_length} and were dropped")
     if cut := sum(example.truncated for side in (train, validation, test) for example in side):
         notes.append(f"{cut} prompts were cut from the left to data.max_length={config.data.max_length}")
@@ -154,11 +161,7 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
 
 def loss_sum_of(config: Config) -> Any:
     """The objective with its chunk size settled: (model, batch) -> summed nats."""
-    return functools.partial(_cross_entropy, chunk=config.training.head_chunk)
-
-
-def _cross_entropy(model: LlamaForCausalLM, batch: Batch, *, chunk: int) -> torch.Tensor:
-    return supervised_cross_entropy(model, batch, chunk)
+    return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk)
 
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:
@@ -170,7 +173,8 @@ def total_steps(config: Config, loader: RowLoader) -> int:
     """Optimizer steps of the whole run: max_steps if it is given, else what the epochs come to."""
     if config.training.max_steps is not None:
         return config.training.max_steps
-    return max(1, loader.total_steps(config.training.epochs or 1.0))
+    assert config.training.epochs is not None  # validate refuses a run without an end
+    return max(1, loader.total_steps(config.training.epochs))
 
 
 def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[str, str]:

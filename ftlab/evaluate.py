@@ -10,8 +10,9 @@ from ftlab.arguments import at_least_one, can_be_written, guarded, parse
 from ftlab.errors import ConfigError, FtlabError
 
 if TYPE_CHECKING:
-    from ftlab.config import Config
+    from ftlab.build import DataSet
     from ftlab.evaluation.measure import Measured
+    from ftlab.open_run import OpenRun
     from ftlab.training.parallel import Ranks
 
 __all__ = ["EvaluateArguments", "main"]
@@ -51,17 +52,19 @@ def _run(argv: list[str]) -> int:
     import json
 
     from ftlab.files import atomic_write
-    from ftlab.open_run import parallel_of, read_config
+    from ftlab.open_run import open_run, parallel_of, read_config
     from ftlab.training.parallel import start_ranks
     from ftlab.training.progress import score_lines
 
     config, _ = read_config(Path(arguments.run))
     with start_ranks(parallel_of(config, arguments.device)) as ranks:
+        columns = {"no": ["after"], "also": ["before", "after"], "only": ["before"]}[arguments.base]
+        data = None
         measured = {}
-        if arguments.base != "no":
-            measured["before"] = _measure(arguments, config, ranks, base=True)
-        if arguments.base != "only":
-            measured["after"] = _measure(arguments, config, ranks, base=False)
+        for column in columns:
+            opened = open_run(Path(arguments.run), base=column == "before", ranks=ranks)
+            data = data or opened.data()  # the same for both, so read once
+            measured[column] = _measure(arguments, opened, data, ranks)
         if not ranks.is_main:
             return 0
     scores = {who: {name: score.as_dict() for name, score in result.scores.items()} for who, result in measured.items()}
@@ -74,17 +77,15 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _measure(arguments: EvaluateArguments, config: Config, ranks: Ranks, *, base: bool) -> Measured:
+def _measure(arguments: EvaluateArguments, opened: OpenRun, data: DataSet, ranks: Ranks) -> Measured:
     from ftlab import build
     from ftlab.evaluation.measure import Measurer
-    from ftlab.open_run import open_run
 
-    opened = open_run(Path(arguments.run), base=base, ranks=ranks)
-    data = opened.data()
     examples = getattr(data, arguments.split)[: arguments.limit]
     records = getattr(data.splits, arguments.split)[: arguments.limit]
     if not examples:
         raise FtlabError(f"the {arguments.split} split of the run in {arguments.run} is empty; give another split=...")
+    config = opened.config
     settings = replace(config.evaluation, batch_size=arguments.batch_size or config.evaluation.batch_size)
     measurer = Measurer(settings, opened.tokenizer, build.loss_sum_of(config), opened.precision.autocast, ranks)
     return measurer.measure(opened.model, examples, records if settings.generate else [])

@@ -11,11 +11,11 @@ from typing import Any
 from ftlab import build
 from ftlab.config import Config, ParallelConfig, from_plain
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.methods import Method, make_method
+from ftlab.methods import Method
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
 from ftlab.training.parallel import Ranks
-from ftlab.training.precision import Precision, dtype_of
+from ftlab.training.precision import Precision
 from ftlab.training.state import changed_inputs
 
 __all__ = ["OpenRun", "open_run", "read_config"]
@@ -73,9 +73,7 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None) -> OpenRu
     config, record = read_config(run_dir)
     ranks = ranks or Ranks()
     tokenizer = build.build_tokenizer(config)
-    method = make_method(config.method, seed=config.training.seed)
-    frozen = dtype_of(config.precision.frozen)
-    model = build.build_model(config, tokenizer, ranks, dtype=frozen if method.keeps_base else dtype_of("fp32"))
+    model, method = build.build_base(config, tokenizer, ranks)
     if base:
         model.requires_grad_(not method.keeps_base)  # what is stored in which dtype follows who trains
     else:

@@ -18,14 +18,13 @@ from ftlab.data.loader import RowLoader
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.evaluation.measure import Measured, Measurer
 from ftlab.files import atomic_write
-from ftlab.methods import make_method
 from ftlab.models.tokenizer import Tokenizer
 from ftlab.optim.schedules import make_schedule
 from ftlab.studies.report import write_report
 from ftlab.training.checkpoint import Checkpoints, read_checkpoint
 from ftlab.training.loop import Fit, Limits, fit, validation_steps
 from ftlab.training.parallel import Ranks, Replica, start_ranks
-from ftlab.training.precision import Precision, dtype_of
+from ftlab.training.precision import Precision
 from ftlab.training.preflight import preflight, static_memory
 from ftlab.training.progress import Progress
 from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, reset_peaks
@@ -253,9 +252,7 @@ class _Session:
         self.ranks.barrier()
 
     def _build_model(self, tokenizer: Tokenizer, precision: Precision) -> build.Built:
-        method = make_method(self.config.method, seed=self.config.training.seed)
-        dtype = dtype_of(self.config.precision.frozen if method.keeps_base else "fp32")
-        model = build.build_model(self.config, tokenizer, self.ranks, dtype=dtype)
+        model, method = build.build_base(self.config, tokenizer, self.ranks)
         self.record.update(model=build.model_facts(self.config, model))
         return build.build_training(self.config, model, method, precision)
 
