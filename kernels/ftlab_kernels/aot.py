@@ -34,8 +34,9 @@ class Shipped:
 
     types: Triton's names of the run-time arguments' types (`*bf16`, `i32`, ...). divisible: the integers among them
     that are multiples of 16, as sizes and strides of real models are; pointers always are. options: block sizes
-    (constants) and num_warps, num_stages. expects: for each architecture the SASS instructions of which at least one must occur, a
-    tuple of alternatives each. spill_bytes: what may spill, with a reason beside it where it is not 0.
+    (constants) and num_warps, num_stages. expects: for each architecture the SASS instructions of which at least
+    one must occur, a tuple of alternatives each. spill_bytes: what may spill, with a reason beside it where it is
+    not 0.
     """
 
     name: str

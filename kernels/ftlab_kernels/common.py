@@ -19,8 +19,8 @@ try:
 
     HAS_TRITON = True
 except ImportError:  # no wheel for this platform: the references still work
-    from ftlab_kernels import _without_triton as triton  # type: ignore[no-redef]
-    from ftlab_kernels._without_triton import language as tl  # type: ignore[no-redef]
+    from ftlab_kernels import _without_triton as triton
+    from ftlab_kernels._without_triton import language as tl
 
     HAS_TRITON = False
 

@@ -3,10 +3,10 @@
 Letters: M rows, K columns, G = ceil(K / 8) groups of a row.
 
 The mask of x [M, K] is uint8 [M, G]: bit j of byte g of row m is 1 where x[m, 8 g + j] is kept; bits beyond K are 0.
-One call of Philox4x32 with 7 rounds (Salmon et al., SC 2011; key: the 64-bit seed, counter: m G + g) gives 128 bits, 16
-for each of the 8 elements of a group: element j uses the low half of word j / 2 if j is even, else the high half, and
-is kept where that number is at least `threshold(p)`. So p is rounded to a multiple of 2^-16, and the scale of what is kept
-uses the rounded p, which keeps the mean exact.
+One call of Philox4x32 with 7 rounds (Salmon et al., SC 2011; key: the 64-bit seed, counter: m G + g) gives 128 bits,
+16 for each of the 8 elements of a group: element j uses the low half of word j / 2 if j is even, else the high half,
+and is kept where that number is at least `threshold(p)`. So p is rounded to a multiple of 2^-16, and the scale of
+what is kept uses the rounded p, which keeps the mean exact.
 
 Differs from a float a element (torch, Triton's `tl.rand`): an eighth of the generator's work, and one bit an element is
 enough to have the mask again in the backward pass.
