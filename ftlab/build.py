@@ -24,6 +24,7 @@ from ftlab.methods.trainable import ParameterRow
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
 from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, dtype_of
@@ -70,6 +71,7 @@ class Built:
     precision: Precision
     penalties: list[Penalty]
     optimizer: torch.optim.Optimizer
+    kernels: str  # a line that says who computes between the matrix products
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
@@ -150,13 +152,15 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     """Method, dtypes, penalties and optimizer around a base model."""
     table = method.apply(model)
     precision.store(model)
+    operators, kernels = select(config.kernels, precision.device, compiled=config.training.compile)
+    model.use(operators)
     model.checkpoint_blocks = config.training.activation_checkpointing
     penalties = build_penalties(config.regularizer, model)
     optimizer = build_optimizer(config.optimizer, model, table)
     if config.training.compile:
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
-    return Built(model, method, table.rows(model), precision, penalties, optimizer)
+    return Built(model, method, table.rows(model), precision, penalties, optimizer, kernels)
 
 
 def loss_sum_of(config: Config) -> Any:

@@ -114,6 +114,9 @@ class DataConfig:
     pad_to_multiple: int = option(
         64, "without pad_rows: fill a batch to a multiple of this many tokens, for few shapes; 1: no padding", low=1
     )
+    share_prefix: bool = option(
+        False, "compute the tokens that all examples of a micro-batch begin with once (with dropout: under one mask)"
+    )
     batch_size: int = option(8, "rows (packing) or examples in one optimizer step, over all ranks", low=1)
     micro_batch_size: int = option(8, "rows or examples in one forward pass on one rank", low=1)
     shuffle: bool = option(True, "a new order each epoch, fixed by (seed, epoch)")
@@ -347,6 +350,11 @@ class Config:
     output_dir: str = option("runs", "folder that holds the run folders")
     run_dir: str | None = option(None, "the run's folder; null: output_dir/name-<hash of the configuration>")
     resume: str = option("auto", "auto: go on from this run's newest checkpoint; never; or the path of a checkpoint")
+    kernels: str = option(
+        "auto",
+        "what computes between the matrix products: auto, triton (GPU), native (CPU), reference (torch), or check",
+        choices=("auto", "triton", "native", "reference", "check"),
+    )
     model: ModelConfig = option(ModelConfig, "group")
     data: DataConfig = option(DataConfig, "group")
     method: MethodConfig = option(MethodConfig, "group")

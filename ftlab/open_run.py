@@ -14,6 +14,7 @@ from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import Method
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
+from ftlab.operators import select
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision
 from ftlab.training.state import changed_inputs
@@ -84,6 +85,7 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None) -> OpenRu
         method.load(model, folder)
     precision = Precision(config.precision, ranks.device)
     precision.store(model)
+    model.use(select("auto", ranks.device)[0])  # whatever the run was trained with: this may be another machine
     model.requires_grad_(False)
     model.eval()
     return OpenRun(run_dir, config, record, model, method, tokenizer, precision)

@@ -19,6 +19,7 @@ from ftlab.errors import ConfigError, FtlabError
 from ftlab.evaluation.measure import Measured, Measurer
 from ftlab.files import atomic_write
 from ftlab.models.tokenizer import Tokenizer
+from ftlab.operators import describe
 from ftlab.optim.schedules import make_schedule
 from ftlab.studies.report import write_report
 from ftlab.training.checkpoint import Checkpoints, read_checkpoint
@@ -278,6 +279,7 @@ class _Session:
             f"{len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test examples; "
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)"
         )
+        self.progress.message(built.kernels)
         for row in rows:
             how = f"trains, rate x {row['lr_scale']:g}" if row["trainable"] else "frozen"
             self.progress.message(f"  {row['count']:>13,} in {row['tensors']:>4} tensors  {how:<18}  {row['rule']}")
@@ -340,8 +342,18 @@ class _Session:
             f"largest micro-batch: {measured.tokens} tokens in {measured.seconds:.2f} s, peak memory "
             f"{memory / 2**30:.2f} GiB; {steps} steps, at most about {seconds / 60:.1f} minutes of training"
         )
+        self._tell_kernels(built)
         if measured.silent:
             self.tell(f"no gradient reached {len(measured.silent)} module(s), the first is {measured.silent[0]}")
+
+    def _tell_kernels(self, built: build.Built) -> None:
+        """What computed each operation in the trial run; what was left to torch, and why, is told."""
+        paths = describe(built.model.operators)
+        self.record.update(kernels={"chosen": built.kernels, "calls": paths})
+        for name, calls in paths.items():
+            for path, count in calls.items():
+                if path != built.model.operators.path:
+                    self.tell(f"kernels: {name} was left to {path} ({count} calls)")
 
     def _loop(
         self,

@@ -140,6 +140,11 @@ def check_data(config: Config) -> None:
         raise ConfigError(
             f"data.micro_batch_size: {data.micro_batch_size} is more than data.batch_size={data.batch_size}; lower it"
         )
+    if data.share_prefix and data.pad_rows:
+        raise ConfigError(
+            "data.share_prefix: rows of one length (data.pad_rows=true) leave no place for a prefix that stands once; "
+            "set one of the two to false"
+        )
     if data.validation_fraction + data.test_fraction >= 1:
         raise ConfigError(
             f"data.validation_fraction: {data.validation_fraction} and data.test_fraction={data.test_fraction} leave "
@@ -173,6 +178,18 @@ def check_method(config: Config) -> None:
         targets = config.method.targets
         if not targets or not all(target.strip() for target in targets):
             raise ConfigError("method.targets: it names no layer; give for example 'method.targets=[q_proj,v_proj]'")
+
+
+def check_kernels(config: Config) -> None:
+    """A path that was asked for must be one that this device and torch.compile leave."""
+    kernels, device = config.kernels, config.parallel.device
+    if kernels in ("triton", "native", "check") and config.training.compile:
+        raise ConfigError(
+            f"kernels: {kernels} and training.compile=true both fuse what lies between the matrix products; use "
+            "kernels=auto, which then leaves it to torch.compile, or training.compile=false"
+        )
+    if (kernels, device) == ("native", "cuda"):
+        raise ConfigError("kernels: native is for a CPU and does not run with parallel.device=cuda; use kernels=auto")
 
 
 def check_regularizer(config: Config) -> None:
@@ -286,6 +303,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     check_model,
     check_data,
     check_method,
+    check_kernels,
     check_regularizer,
     check_schedule,
     check_precision,

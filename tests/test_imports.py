@@ -16,16 +16,17 @@ PACKAGE = ROOT / "ftlab"
 FOUNDATION = ("config", "errors", "files", "downloads", "assets", "schema", "validate")
 LAYERS = {
     **dict.fromkeys(FOUNDATION, 0),
-    "models": 1,
-    "data": 2,
-    "optim": 3,
-    "losses": 4,
-    "methods": 5,
-    "evaluation": 6,
-    "training": 7,
-    "studies": 8,
+    "operators": 1,
+    "models": 2,
+    "data": 3,
+    "optim": 4,
+    "losses": 5,
+    "methods": 6,
+    "evaluation": 7,
+    "training": 8,
+    "studies": 9,
 }
-COMMANDS = 9  # every other module of the package: the commands, build and compose
+COMMANDS = 10  # every other module of the package: the commands, build and compose
 ONLY_COMPOSE = ("hydra", "omegaconf")
 NEVER = ("transformers", "peft", "accelerate", "trl")
 

@@ -22,6 +22,7 @@ from ftlab.models.attention import Documents
 
 __all__ = ["IGNORE", "Batch", "RowLoader", "collate_rows", "eval_batches", "permutation", "split_rows"]
 
+LEAST_PREFIX = 4  # shorter ones are not worth a document of their own
 IGNORE = -100  # label of a position that predicts nothing
 
 
@@ -32,10 +33,11 @@ class Batch:
     input_ids: int64 [B, T].
     labels: int64 [B, T]; labels[b, t] is the token to predict at t, that is the one after it in the same document, or
         -100 if that one is not learnt or does not exist.
-    position_ids: int64 [B, T]; from 0 in each document.
+    position_ids: int64 [B, T]; from 0 in each document, or on from the shared prefix.
     documents: where each lies in the flattened batch; padding is a document of its own at the end of a row.
     example_ids: the examples in order.
-    num_tokens: tokens without padding. num_supervised: labels that are not -100.
+    num_tokens: tokens of the examples, without padding; a shared prefix counts once for each.
+    num_supervised: labels that are not -100.
     """
 
     input_ids: Tensor
@@ -57,12 +59,19 @@ class Batch:
 
 
 def collate_rows(
-    rows: Sequence[Sequence[Example]], pad_id: int, row_length: int | None = None, multiple: int = 1
+    rows: Sequence[Sequence[Example]],
+    pad_id: int,
+    row_length: int | None = None,
+    multiple: int = 1,
+    share_prefix: bool = False,
 ) -> Batch:
     """Lay rows out: as [B, row_length] with a padding document in each short row, or end to end as [1, N].
 
     N is filled up to a multiple of `multiple` by one padding document at the end. Matrix kernels are prepared per
     shape (on a CPU compiled, which takes longer than the product and is kept in memory), so few shapes are better.
+
+    share_prefix: the tokens that all examples begin with, and that none learns, stand once at the front of [1, N]; what
+    follows them in each example is a document that goes on from there.
     """
     if not rows or not all(rows):
         raise ValueError("a batch needs at least one row, and a row at least one example")
@@ -70,13 +79,18 @@ def collate_rows(
     labels: list[int] = []
     lengths: list[int] = []
     examples = [example for row in rows for example in row]
+    prefix = common_prefix(examples) if share_prefix and row_length is None else 0
+    if prefix:
+        ids += examples[0].token_ids[:prefix]
+        labels += [IGNORE] * prefix
+        lengths.append(prefix)
     for row in rows:
         for example in row:
-            ids += example.token_ids
-            targets = zip(example.token_ids[1:], example.supervised[1:], strict=True)
+            ids += example.token_ids[prefix:]
+            targets = zip(example.token_ids[prefix + 1 :], example.supervised[prefix + 1 :], strict=True)
             labels += [id if learnt else IGNORE for id, learnt in targets]
             labels.append(IGNORE)  # nothing follows a document's last token
-            lengths.append(len(example.token_ids))
+            lengths.append(len(example.token_ids) - prefix)
         padding = 0 if row_length is None else row_length - sum(len(example.token_ids) for example in row)
         if padding < 0:
             raise ValueError(f"a row is {-padding} tokens longer than {row_length}")
@@ -92,15 +106,34 @@ def collate_rows(
     lengths_D = np.asarray(lengths)
     starts_D = np.cumsum(lengths_D) - lengths_D
     positions = np.arange(len(ids)) - np.repeat(starts_D, lengths_D)
+    positions[prefix:] += prefix
     return Batch(
         input_ids=torch.tensor(ids, dtype=torch.int64).view(height, -1),
         labels=torch.tensor(labels, dtype=torch.int64).view(height, -1),
         position_ids=torch.from_numpy(positions.astype(np.int64)).view(height, -1),
-        documents=Documents.from_lengths(lengths),
+        documents=Documents.from_lengths(lengths, shared_prefix=prefix > 0),
         example_ids=tuple(example.id for example in examples),
         num_tokens=sum(len(example.token_ids) for example in examples),
         num_supervised=sum(label != IGNORE for label in labels),
     )
+
+
+def common_prefix(examples: Sequence[Example]) -> int:
+    """How many tokens all examples begin with; 0 if that is too few to share or there is one example.
+
+    A position is shared only if it predicts nothing that is learnt, and each example keeps a token of its own.
+    """
+    if len(examples) < 2:
+        return 0
+    length = 0
+    for column in zip(*(example.token_ids for example in examples), strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    for example in examples:
+        learnt = next((t for t, flag in enumerate(example.supervised) if flag and t > 0), len(example.token_ids))
+        length = min(length, learnt - 1, len(example.token_ids) - 1)
+    return length if length >= LEAST_PREFIX else 0
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
@@ -167,7 +200,7 @@ class RowLoader:
         """A micro-batch of rows: [len(rows), row_length] with pad_rows, else [1, N] (see `collate_rows`)."""
         chosen = [[self.examples[index] for index in row] for row in rows]
         row_length = self.config.row_length if self.config.pad_rows else None
-        return collate_rows(chosen, self.pad_id, row_length, self.config.pad_to_multiple)
+        return collate_rows(chosen, self.pad_id, row_length, self.config.pad_to_multiple, self.config.share_prefix)
 
     def largest_batch(self) -> Batch:
         """A micro-batch as large as any can be: the fullest rows, of the longest examples.

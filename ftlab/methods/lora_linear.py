@@ -12,13 +12,15 @@ out-wide product, and the product is added to W x in the same call.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from ftlab_kernels.adapted import Adapted
 from torch import Tensor, nn
 
 from ftlab.errors import FtlabError
-from ftlab.methods.dropout import dropout
+from ftlab.operators import TORCH
 
 __all__ = ["LoRALinear"]
 
@@ -42,6 +44,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout_p = dropout_p
+        self.operators = getattr(base, "operators", TORCH)
         self.enabled = True
         self._base_weight: Tensor | None = None  # a copy of the untouched weight while merged
         self.train(base.training)
@@ -53,17 +56,23 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the autocast dtype under autocast and in the input's dtype otherwise."""
+        return self.together([self], input)[0]
+
+    @staticmethod
+    def together(layers: Sequence[LoRALinear], input: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of layers that read the same input, whose adapters see it through one dropout mask."""
         x = input
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for both products
-        x = x.reshape(-1, self.in_features)
-        out = F.linear(x, self.weight, self.bias)
-        if self.enabled and not self.merged:
-            if self.training:
-                x = dropout(x, self.dropout_p)
-            low = F.linear(x, self.lora_A.to(out.dtype)) * self.scale
-            out.addmm_(low, self.lora_B.to(out.dtype).t())
-        return out.view(*input.shape[:-1], self.out_features)
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for all products
+        first = layers[0]
+        p = first.dropout_p if first.training else 0.0
+        active = [layer for layer in layers if layer.enabled and not layer.merged]
+        outputs = iter(first.operators.lora_linears(x, [layer.adapted() for layer in active], p) if active else ())
+        return tuple(next(outputs) if layer in active else F.linear(x, layer.weight, layer.bias) for layer in layers)
+
+    def adapted(self) -> Adapted:
+        """The tensors of this layer, as the fused operations take them."""
+        return Adapted(self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """A and B."""

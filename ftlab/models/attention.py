@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
+from ftlab.operators import TORCH, Operators
+
 __all__ = ["Documents", "attention"]
 
 MAX_PADDING = 0.25  # share of a bucket's positions that may be padding
@@ -52,42 +54,58 @@ class Layout:
 class Documents:
     """Where each document lies in a flattened batch: documents stand end to end and fill it.
 
-    `lengths` are tokens per document, in order; their sum is B * T. The index tensors are computed once, on first use,
-    and travel with `to`.
+    `lengths` are tokens per document, in order; their sum is B * T. With `shared_prefix` the first document is the
+    beginning of all the others, which see it whole and count their positions on from its end. The index tensors are
+    computed once, on first use, and travel with `to`.
     """
 
-    def __init__(self, lengths: tuple[int, ...], device: torch.device, layout: Layout | None = None) -> None:
+    def __init__(
+        self, lengths: tuple[int, ...], device: torch.device, layout: Layout | None = None, shared_prefix: bool = False
+    ) -> None:
         self.lengths = lengths
         self.device = device
+        self.shared_prefix = shared_prefix
         self.total = sum(lengths)
-        self.order = sorted(range(len(lengths)), key=lambda index: -lengths[index])  # stable: ties keep their order
-        self.buckets = make_buckets([lengths[index] for index in self.order])
+        first = [0] if shared_prefix else []
+        # Stable: ties keep their order.
+        self.order = first + sorted(range(len(first), len(lengths)), key=lambda index: -lengths[index])
+        self.buckets = [Bucket(1, lengths[0])] if shared_prefix else []
+        self.buckets += make_buckets([lengths[index] for index in self.order[len(first) :]])
         # One length for all: the flattened batch already is the padded batch and nothing has to move.
-        self.uniform = len(set(lengths)) == 1
+        self.uniform = len(set(lengths)) == 1 and not shared_prefix
         self._layout = layout
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
-        """Documents of these lengths; a length under 1 raises ValueError."""
+    def from_lengths(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", *, shared_prefix: bool = False
+    ) -> Documents:
+        """Documents of these lengths; a length under 1, or a prefix of nothing, raises ValueError."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every document needs at least one token, got lengths {list(lengths)}")
-        return cls(tuple(int(length) for length in lengths), torch.device(device))
+        if shared_prefix and len(lengths) < 2:
+            raise ValueError("a shared prefix needs a document that goes on from it")
+        return cls(tuple(int(length) for length in lengths), torch.device(device), None, shared_prefix)
 
     def to(self, device: torch.device | str) -> Documents:
         """The same documents with their index tensors on `device`."""
         device = torch.device(device)
-        return self if device == self.device else Documents(self.lengths, device, self.layout.to(device))
+        if device == self.device:
+            return self
+        return Documents(self.lengths, device, self.layout.to(device), self.shared_prefix)
 
     @property
     def layout(self) -> Layout:
         """The index tensors, on `device`; computed on first use."""
         if self._layout is None:
-            self._layout = make_layout(self.lengths, self.order, self.buckets).to(self.device)
+            layout = make_layout(self.lengths, self.order, self.buckets)
+            if self.shared_prefix:
+                layout.position_ids[self.lengths[0] :] += self.lengths[0]
+            self._layout = layout.to(self.device)
         return self._layout
 
     @property
     def position_ids(self) -> Tensor:
-        """int64 [N]: position of each token inside its document."""
+        """int64 [N]: position of each token inside its document, the shared prefix included."""
         return self.layout.position_ids
 
     def __repr__(self) -> str:
@@ -172,26 +190,19 @@ class UnpadDocuments(torch.autograd.Function):
         return out.index_copy_(0, inverse, grad), None
 
 
-def short_causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """Causal grouped attention with its T x T scores in memory, softmax in fp32. Returns [B, H, T, D].
+def sdpa(
+    q_BTHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    *,
+    causal: bool,
+    mask_BTS: Tensor | None = None,
+    operators: Operators = TORCH,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for grouped heads: query head h reads key head h // (H / K). Returns [B, T, H, D].
 
-    For training on a CPU, where on short documents the backward of torch's flash kernel costs many times its
-    arithmetic (20 documents of 25 tokens in bf16 on 2 cores: 28 times this one's).
+    causal: query t sees the keys 0 .. S - T + t.
     """
-    B, H, T, D = q_BHTD.shape
-    K = k_BKTD.shape[1]
-    precise = torch.promote_types(q_BHTD.dtype, torch.float32)
-    with torch.autocast(q_BHTD.device.type, enabled=False):  # scores rounded to bf16 would double the error
-        q = q_BHTD.reshape(B, K, H // K * T, D).to(precise) * D**-0.5
-        scores = torch.matmul(q, k_BKTD.to(precise).transpose(-1, -2))
-    later_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).triu(1)
-    scores = scores.view(B, H, T, T).masked_fill(later_TT, -torch.inf)
-    weights = scores.softmax(-1).to(v_BKTD.dtype).view(B, K, H // K * T, T)
-    return torch.matmul(weights, v_BKTD).view(B, H, T, D)
-
-
-def sdpa(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, *, causal: bool, mask_BTS: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for grouped heads: query head h reads key head h // (H / K). Returns [B, T, H, D]."""
     B, T, H, D = q_BTHD.shape
     K = k_BSKD.shape[2]
     q, k, v = q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
@@ -203,7 +214,10 @@ def sdpa(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, *, causal: bool, mask_B
         out = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, attn_mask=mask)
         return out.reshape(B, 1, H, D)
     if causal and T <= MAX_SHORT and q.device.type == "cpu" and q.requires_grad:
-        return short_causal(q, k, v).transpose(1, 2)
+        return operators.causal_attention(q, k, v).transpose(1, 2)
+    S = k.shape[2]
+    if causal and S > T:  # torch's own causal mask begins at the first key, this one at key S - T
+        mask, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
     grouped = K != H
     if grouped and q.is_cuda and q.dtype == torch.float32:
         # No fused CUDA kernel takes grouped fp32 heads; without this, [T, T] scores would be stored.
@@ -215,8 +229,10 @@ def sdpa(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, *, causal: bool, mask_B
 # The shapes change with every batch: compiling around this call avoids compiling for each of them. Unlike its public
 # twin torch.compiler.disable, this decorator does not import the compiler (over a second) together with this module.
 @_disable_dynamo
-def document_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents) -> Tensor:
-    """Causal attention inside each document. Returns [B, T, H, D].
+def document_attention(
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents, operators: Operators = TORCH
+) -> Tensor:
+    """Causal attention inside each document, and to the whole shared prefix if there is one. Returns [B, T, H, D].
 
     Documents go into right-padded buckets. With a causal kernel no real query sees the padding behind it, so no mask
     is built and each document's result is bitwise independent of every other document.
@@ -228,17 +244,23 @@ def document_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents
     if documents.uniform:
         bucket = documents.buckets[0]
         q, k, v = (x.view(bucket.count, bucket.longest, *x.shape[1:]) for x in flat)
-        return sdpa(q, k, v, causal=True).reshape(q_BTHD.shape)
+        return sdpa(q, k, v, causal=True, operators=operators).reshape(q_BTHD.shape)
     layout = documents.layout
     q_P, k_P, v_P = (
         PadDocuments.apply(x, layout.gather, layout.inverse)  # type: ignore[no-untyped-call]
         for x in flat
     )
     sizes = [bucket.count * bucket.longest for bucket in documents.buckets]
-    outputs = []
+    outputs: list[Tensor] = []
+    prefix: list[Tensor] = []
     for bucket, q, k, v in zip(documents.buckets, q_P.split(sizes), k_P.split(sizes), v_P.split(sizes), strict=True):
         shaped = [x.view(bucket.count, bucket.longest, *x.shape[1:]) for x in (q, k, v)]
-        outputs.append(sdpa(shaped[0], shaped[1], shaped[2], causal=True).flatten(0, 1))
+        if prefix:
+            before = [x.expand(bucket.count, *x.shape[1:]) for x in prefix]
+            shaped[1:] = [torch.cat(both, dim=1) for both in zip(before, shaped[1:], strict=True)]
+        elif documents.shared_prefix:
+            prefix = shaped[1:]
+        outputs.append(sdpa(*shaped, causal=True, operators=operators).flatten(0, 1))
     out_N: Tensor = UnpadDocuments.apply(torch.cat(outputs), layout.inverse)  # type: ignore[no-untyped-call]
     return out_N.view(q_BTHD.shape)
 
@@ -250,6 +272,7 @@ def attention(
     *,
     documents: Documents | None = None,
     mask_BTS: Tensor | None = None,
+    operators: Operators = TORCH,
 ) -> Tensor:
     """Attention of T queries to S keys, the queries being the last T positions. Returns [B, T, H, D] in q's dtype.
 
@@ -260,8 +283,8 @@ def attention(
     if documents is not None:
         if mask_BTS is not None or q_BTHD.shape[1] != k_BSKD.shape[1]:
             raise ValueError("packed documents take neither a mask nor a cache")
-        return document_attention(q_BTHD, k_BSKD, v_BSKD, documents)
+        return document_attention(q_BTHD, k_BSKD, v_BSKD, documents, operators)
     T, S = q_BTHD.shape[1], k_BSKD.shape[1]
     if mask_BTS is None and T not in (1, S):
         raise ValueError(f"{T} queries over {S} keys need an explicit mask")
-    return sdpa(q_BTHD, k_BSKD, v_BSKD, causal=mask_BTS is None and T > 1, mask_BTS=mask_BTS)
+    return sdpa(q_BTHD, k_BSKD, v_BSKD, causal=mask_BTS is None and T > 1, mask_BTS=mask_BTS, operators=operators)

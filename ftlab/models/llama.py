@@ -7,7 +7,7 @@ E width of a head, V vocabulary, N = B*T.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ftlab.models.attention import Documents, attention
 from ftlab.models.configuration import LlamaConfig
+from ftlab.operators import TORCH, Operators
 
 __all__ = ["KVCache", "LlamaConfig", "LlamaForCausalLM", "RMSNorm", "rotary_frequencies"]
 
@@ -93,12 +94,6 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device | str = "cpu") 
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + E/2) by their angle, in fp32; returns x's dtype."""
-    first, second = x_BTHE.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHE.dtype)
-
-
 def make_mask(mask_BS: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
     """bool [B or 1, T, S], True where a query may look; None where plain causal attention says it already.
 
@@ -122,10 +117,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.operators = TORCH
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return self.operators.rms_norm(x, self.weight, self.eps)
+
+    def add(self, stream: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of stream + update, and that sum; [..., D] each. Without an update the stream stays as it is."""
+        if update is None:
+            return self(stream), stream
+        return self.operators.add_rms_norm(update, stream, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -142,6 +144,16 @@ class Embedding(nn.Embedding):
         """Leave the weights as they were allocated."""
 
 
+def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """The outputs of linear layers that read the same x: in one pass where their class can do that (`together`)."""
+    kind = type(layers[0])
+    together = getattr(kind, "together", None)
+    if together is not None and all(type(layer) is kind for layer in layers):
+        outputs: tuple[Tensor, ...] = together(layers, x)
+        return outputs
+    return tuple(layer(x) for layer in layers)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -149,6 +161,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        self.operators = TORCH
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
@@ -159,13 +172,15 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         B, T, _ = x_BTD.shape
         q_BTHE, k_BTKE, v_BTKE = (
-            project(x_BTD).view(B, T, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+            out.view(B, T, -1, self.head_dim) for out in project(x_BTD, (self.q_proj, self.k_proj, self.v_proj))
         )
-        q_BTHE, k_BSKE = rotate(q_BTHE, context.cos, context.sin), rotate(k_BTKE, context.cos, context.sin)
+        q_BTHE, k_BSKE = self.operators.rope(q_BTHE, k_BTKE, context.cos, context.sin)
         v_BSKE = v_BTKE
         if context.cache is not None:
             k_BSKE, v_BSKE = context.cache.append(self.layer, k_BSKE, v_BSKE)
-        out = attention(q_BTHE, k_BSKE, v_BSKE, documents=context.documents, mask_BTS=context.mask)
+        out = attention(
+            q_BTHE, k_BSKE, v_BSKE, documents=context.documents, mask_BTS=context.mask, operators=self.operators
+        )
         projected: Tensor = self.o_proj(out.reshape(B, T, -1))
         return projected
 
@@ -175,18 +190,23 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.operators = TORCH
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.operators.swiglu(*project(x, (self.gate_proj, self.up_proj))))
         return out
 
 
 class Block(nn.Module):
-    """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h))."""
+    """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h)).
+
+    The last sum is left to the next norm, which makes it in the same pass: a block takes the stream and the update that
+    is still to be added to it, and returns both.
+    """
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -195,11 +215,11 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, h_BTD: Tensor, context: Context) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD), context)
-        out: Tensor = h_BTD + self.mlp(self.post_attention_layernorm(h_BTD))
-        return out
+    def forward(self, h_BTD: Tensor, update_BTD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """[B, T, D] each -> [B, T, D] each."""
+        normed_BTD, h_BTD = self.input_layernorm.add(h_BTD, update_BTD)
+        normed_BTD, h_BTD = self.post_attention_layernorm.add(h_BTD, self.self_attn(normed_BTD, context))
+        return h_BTD, self.mlp(normed_BTD)
 
 
 class Decoder(nn.Module):
@@ -224,6 +244,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
+        self.operators = TORCH
         self.lm_head: nn.Linear | None = None
         with torch.device("meta"):
             self.model = Decoder(config)
@@ -234,6 +255,12 @@ class LlamaForCausalLM(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks. To compile one in place: `block.compile()`; parameter names stay as they are."""
         return self.model.layers
+
+    def use(self, operators: Operators) -> None:
+        """Compute everything between the matrix products by these operators, adapters included."""
+        for module in self.modules():
+            if hasattr(module, "operators"):
+                module.operators = operators  # type: ignore[assignment]
 
     @property
     def head_weight(self) -> Tensor:
@@ -279,22 +306,23 @@ class LlamaForCausalLM(nn.Module):
         context = Context(angles.cos(), angles.sin(), documents, mask_BTS, cache)
         h_BTD: Tensor = self.model.embed_tokens(input_ids_BT)
         run = self._block_runner(cache)
+        update_BTD: Tensor | None = None
         for block in self.model.layers:
-            h_BTD = run(block, h_BTD, context)
+            h_BTD, update_BTD = run(block, h_BTD, update_BTD, context)
         if cache is not None:
             cache.advance(T)
-        out: Tensor = self.model.norm(h_BTD)
+        out: Tensor = self.model.norm.add(h_BTD, update_BTD)[0]
         return out
 
-    def _block_runner(self, cache: KVCache | None) -> Callable[[nn.Module, Tensor, Context], Any]:
+    def _block_runner(self, cache: KVCache | None) -> Callable[[nn.Module, Tensor, Tensor | None, Context], Any]:
         """How this forward pass calls its blocks."""
         if cache is not None:
             # A compiled block would be compiled again as the cache grows: decoding runs the plain one.
-            return lambda block, h, context: block.forward(h, context)
+            return lambda block, *arguments: block.forward(*arguments)
         if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
             # The RNG state is kept so that recomputed dropout draws the same masks.
-            return lambda block, h, context: checkpoint(block, h, context, use_reentrant=False, preserve_rng_state=True)
-        return lambda block, h, context: block(h, context)
+            return lambda block, *arguments: checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=True)
+        return lambda block, *arguments: block(*arguments)
 
     def forward(
         self,

@@ -161,7 +161,7 @@ def test_the_check_notices_a_wrong_model() -> None:
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ftlab.models.llama.rotate", neighbours)
+        patch.setattr("ftlab.operators.torch_path.rotate", neighbours)
         logits = model(ids)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(logits, theirs(input_ids=ids).logits)

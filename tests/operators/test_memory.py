@@ -11,7 +11,7 @@ TOKENS, VOCABULARY, WIDTH = 2048, 32768, 16
 
 SCRIPT = f"""
 import resource, sys, torch
-from ftlab.losses.cross_entropy import linear_cross_entropy, reference_cross_entropy
+from ftlab.operators.linear_cross_entropy import linear_cross_entropy, reference_cross_entropy
 torch.set_num_threads(1)
 def loss(tokens):
     hidden = torch.randn(tokens, {WIDTH}, requires_grad=True)

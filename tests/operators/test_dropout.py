@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ftlab.methods.dropout import dropout, quantised
+from ftlab.operators.dropout import dropout, quantised
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

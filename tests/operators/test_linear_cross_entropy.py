@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftlab.losses import cross_entropy
-from ftlab.losses.cross_entropy import linear_cross_entropy, reference_cross_entropy, supervised_cross_entropy
+from ftlab.losses.cross_entropy import supervised_cross_entropy
+from ftlab.operators import linear_cross_entropy as module
+from ftlab.operators.linear_cross_entropy import linear_cross_entropy, reference_cross_entropy
 from tests.helpers.models import random_ids, tiny_llama
 
 
@@ -31,7 +32,7 @@ def value_and_gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("chunk", [1, 5, 36, 37, 1000])
 @pytest.mark.parametrize("block_elements", [1, 300, 1 << 20])
 def test_equals_the_reference(chunk: int, block_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block_elements)
     hidden, weight, labels = problem()
     ours = value_and_gradients(linear_cross_entropy(hidden, weight, labels, chunk), hidden, weight)
     theirs = value_and_gradients(reference_cross_entropy(hidden, weight, labels), hidden, weight)

@@ -1,0 +1,346 @@
+"""The operations of a training step on a CPU: torch's matrix products with compiled C between them (native.c).
+
+Letters: M rows (all leading dimensions), D width, H query heads, K key/value heads, E width of a head, T positions,
+S = P + T key positions, R rank of all adapters together.
+
+Each function has the signature and the mathematics of the Triton kernel of the same name, and its reference. Storage is
+fp32 or bf16, sums and functions are fp32, and every result is rounded once. Results do not depend on the number of
+threads. Where a dtype or layout is not one of these, the caller takes the reference (`takes`).
+
+Why C: between the matrix products of a step lie some forty passes over small tensors, and on a processor with matrix
+units torch's own passes take several times as long as the products. Fused, each tensor is read once and written once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ftlab_kernels.native import SUFFIXES, call
+from ftlab_kernels.random import GROUP, draw_seed, keep_scale, threshold
+
+__all__ = [
+    "add_rms_norm",
+    "causal_attention",
+    "cross_entropy_",
+    "dropout",
+    "lora_linears",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "takes",
+]
+
+
+def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside a Function every dtype is chosen by hand: autocast must not change it."""
+
+    @functools.wraps(function)
+    def without_autocast(*arguments: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*arguments)
+        with torch.autocast("cpu", enabled=False):
+            return function(*arguments)
+
+    return without_autocast
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether these tensors are of one dtype that the library knows, and on the CPU."""
+    dtype = tensors[0].dtype
+    return dtype in SUFFIXES and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+
+
+# --- norm -------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight: [..., D] -> [..., D]."""
+    y: Tensor = _RMSNorm.apply(x, None, weight, eps)[0]
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = x + residual, rounded to their dtype: [..., D] each."""
+    both: tuple[Tensor, Tensor] = _RMSNorm.apply(x, residual, weight, eps)
+    return both
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the normalised tensor's input and 1 / rms of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        scale = weight.detach().float().contiguous()
+        y = torch.empty_like(x)
+        rstd = torch.empty(rows, dtype=torch.float32)
+        total = x
+        if residual is not None:
+            residual, total = residual.contiguous(), torch.empty_like(x)
+        call("rms_norm", x.dtype, x, residual, scale, total, y, rstd, rows, width, float(eps))
+        ctx.save_for_backward(total, scale, rstd)
+        ctx.added, ctx.weight_dtype = residual is not None, weight.dtype
+        if residual is None:
+            ctx.mark_non_differentiable(total := total.detach())
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        total, scale, rstd = ctx.saved_tensors
+        dy = dy.contiguous()
+        rows, width = len(rstd), scale.shape[0]
+        dx = dweight = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            dx = torch.empty_like(total)
+            direct = dtotal.contiguous() if ctx.added else None
+            call("rms_norm_backward", total.dtype, dy, direct, total, scale, rstd, dx, rows, width)
+        if ctx.needs_input_grad[2]:
+            dweight = torch.empty_like(scale)
+            call("rms_norm_weight", total.dtype, dy, total, rstd, dweight, rows, width)
+            dweight = dweight.to(ctx.weight_dtype)
+        return dx, dx if ctx.added else None, dweight, None
+
+
+# --- rotary positions -------------------------------------------------------------------------------------------------
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn q [B, T, H, E] and k [B, T, K, E] by their positions' angles; cos, sin: fp32 [B or 1, T, 1, E / 2]."""
+    shape = (*q.shape[:2], cos.shape[-1])
+    cos, sin = (x.reshape(cos.shape[0], -1, shape[-1]).expand(shape).contiguous() for x in (cos, sin))
+    return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(dy, cos, sin, -1.0), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    B, T, H, E = x.shape
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    call("rope", x.dtype, x, cos, sin, y, B * T, H, E, H * E, sign)
+    return y
+
+
+# --- gated unit -------------------------------------------------------------------------------------------------------
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape."""
+    y: Tensor = _SwiGLU.apply(gate, up)
+    return y
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its inputs; silu is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        call("swiglu", gate.dtype, gate, up, y, gate.numel())
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        call("swiglu_backward", gate.dtype, dy.contiguous(), gate, up, dgate, dup, gate.numel())
+        return dgate, dup
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, training: bool = True) -> Tensor:
+    """As `ftlab_kernels.dropout.dropout`, with the same mask for the same seed."""
+    threshold(p)
+    if p == 0 or not training or x.numel() == 0:
+        return x
+    y: Tensor = _Dropout.apply(x, p, draw_seed(x.device) if seed is None else seed)
+    return y
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        y, bits = _drop(x.contiguous(), p, seed)
+        ctx.save_for_backward(bits)
+        ctx.scale = keep_scale(p)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _masked(dy.contiguous(), ctx.saved_tensors[0], ctx.scale), None, None
+
+
+def _drop(x: Tensor, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """x with a newly drawn mask applied, and the mask: uint8 [M, ceil(D / 8)]."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    y = torch.empty_like(x)
+    bits = torch.empty(rows, -(-width // GROUP), dtype=torch.uint8)
+    call("dropout", x.dtype, x, y, bits, int(seed), threshold(p), keep_scale(p), rows, width)
+    return y, bits
+
+
+def _masked(x: Tensor, bits: Tensor, scale: float) -> Tensor:
+    y = torch.empty_like(x)
+    call("masked", x.dtype, x, y, bits, scale, len(bits), x.shape[-1])
+    return y
+
+
+# --- adapted linear layers --------------------------------------------------------------------------------------------
+
+
+def lora_linears(
+    x: Tensor, adapted: Sequence[Any], *, p: float = 0.0, seed: Tensor | None = None, training: bool = True
+) -> tuple[Tensor, ...]:
+    """Each layer's x W^T + bias + scale * drop(x) A^T B^T for layers that read the same x [..., D]; one mask for all.
+
+    adapted: objects with weight [N, D], bias [N] or None, lora_A [r, D], lora_B [N, r], scale. Computed in x's dtype,
+    the adapters' gradients in theirs.
+    """
+    p = p if training else 0.0
+    if p > 0 and seed is None:
+        seed = draw_seed(x.device)
+    tensors = [tensor for layer in adapted for tensor in (layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
+    outputs: tuple[Tensor, ...] = _LoRA.apply(x, p, seed, tuple(float(layer.scale) for layer in adapted), *tensors)
+    return outputs
+
+
+class _LoRA(torch.autograd.Function):
+    """Keeps x, the packed mask and s = drop(x) A^T, and the weights as they are."""
+
+    @staticmethod
+    @_exact
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor | None, scales: tuple[float, ...], *tensors: Any) -> Any:
+        weights, biases, downs, ups = (tensors[i::4] for i in range(4))
+        shape, dtype = x.shape, x.dtype
+        x = x.reshape(-1, shape[-1]).contiguous()
+        dropped, bits = (x, None) if p == 0 or x.numel() == 0 else _drop(x, p, seed)  # type: ignore[arg-type]
+        ranks = [len(down) for down in downs]
+        A = torch.cat(downs).to(dtype)
+        s = torch.mm(dropped, A.t())
+        outputs, parts = [], []
+        for weight, bias, up, scale, part in zip(weights, biases, ups, scales, s.split(ranks, 1), strict=True):
+            weight = weight.to(dtype)
+            y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(dtype), x, weight.t())
+            parts.append(part * scale)
+            y.addmm_(parts[-1], up.to(dtype).t())
+            outputs.append(y.view(*shape[:-1], y.shape[-1]))
+        ctx.save_for_backward(x, bits, torch.cat(parts, 1), *tensors)
+        ctx.p, ctx.scales, ctx.ranks, ctx.shape = p, scales, ranks, shape
+        return tuple(outputs)
+
+    @staticmethod
+    @_exact
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, bits, s, *tensors = ctx.saved_tensors
+        weights, _, downs, ups = (tensors[i::4] for i in range(4))
+        wanted = ctx.needs_input_grad[4:]
+        dys = [dy.reshape(-1, dy.shape[-1]).to(x.dtype) for dy in gradients]
+        found: list[Tensor | None] = [None] * len(tensors)
+        ds_parts = []
+        for i, (dy, up, part) in enumerate(zip(dys, ups, s.split(ctx.ranks, 1), strict=True)):
+            ds_parts.append(torch.mm(dy, up.to(x.dtype)).mul_(ctx.scales[i]))
+            if wanted[4 * i]:
+                found[4 * i] = torch.mm(dy.t(), x).to(weights[i].dtype)
+            if wanted[4 * i + 1]:
+                found[4 * i + 1] = dy.sum(0, dtype=torch.float32).to(tensors[4 * i + 1].dtype)
+            if wanted[4 * i + 3]:
+                found[4 * i + 3] = torch.mm(dy.t(), part).to(up.dtype)
+        ds = torch.cat(ds_parts, 1)
+        if any(wanted[2::4]):
+            dropped = x if bits is None else _masked(x, bits, keep_scale(ctx.p))
+            d_downs = torch.mm(ds.t(), dropped).split(ctx.ranks)
+            for i, d_down in enumerate(d_downs):
+                found[4 * i + 2] = d_down.to(downs[i].dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dys[0], weights[0].to(x.dtype))
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx.addmm_(dy, weight.to(x.dtype))
+            A = torch.cat(downs).to(x.dtype)
+            if bits is None:
+                dx.addmm_(ds, A)
+            else:
+                through = torch.mm(ds, A)
+                call("masked_add", x.dtype, through, dx, bits, keep_scale(ctx.p), len(x), x.shape[-1])
+            dx = dx.view(ctx.shape)
+        return dx, None, None, None, *found
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Grouped causal attention of short rows: q [B, H, T, E], k and v [B, K, S, E], S = P + T; returns [B, H, T, E].
+
+    Query t sees the keys 0 .. P + t. The T x S weights are kept in q's dtype; scores and softmax are fp32.
+    """
+    out: Tensor = _CausalAttention.apply(q, k, v)
+    return out
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    @_exact
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, H, T, E = q.shape
+        K, S = k.shape[1:3]
+        q = q.reshape(B * K, H // K * T, E)
+        k, v = k.reshape(B * K, S, E), v.reshape(B * K, S, E)
+        scores = torch.bmm(q.float() * E**-0.5, k.float().transpose(1, 2))  # rounded to bf16 they double the error
+        weights = torch.empty_like(scores, dtype=q.dtype)
+        call("causal_softmax", q.dtype, scores, weights, B * H * T, T, S, S - T)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.shape = (B, H, T, E)
+        return torch.bmm(weights, v).view(B, H, T, E)
+
+    @staticmethod
+    @_exact
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, weights = ctx.saved_tensors
+        B, H, T, E = ctx.shape
+        K, S = len(k) // B, k.shape[1]
+        dout = dout.reshape(B * K, H // K * T, E)
+        dv = torch.bmm(weights.transpose(1, 2), dout)
+        dweights = torch.bmm(dout, v.transpose(1, 2))
+        call("causal_softmax_backward", q.dtype, dweights, weights, dweights, B * H * T, T, S, S - T, E**-0.5)
+        dq = torch.bmm(dweights, k)
+        dk = torch.bmm(dweights.transpose(1, 2), q)
+        return dq.view(B, H, T, E), dk.view(B, K, S, E), dv.view(B, K, S, E)
+
+
+# --- cross entropy ----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    """Each row's cross entropy, fp32 [C]; with `gradient`, logits [C, V] are overwritten by softmax - onehot."""
+    losses = torch.empty(len(labels), dtype=torch.float32)
+    call("cross_entropy", logits.dtype, logits, labels.contiguous(), losses, *logits.shape, int(gradient))
+    return losses
