@@ -21,6 +21,7 @@ from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import Penalty, build_penalties
 from ftlab.methods import Method, make_method
 from ftlab.methods.trainable import ParameterRow
+from ftlab.models.activation_cache import ActivationCache
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
 from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
@@ -71,6 +72,7 @@ class Built:
     precision: Precision
     penalties: list[Penalty]
     optimizer: torch.optim.Optimizer
+    cache: ActivationCache | None
     kernels: str  # a line that says who computes between the matrix products
 
 
@@ -157,15 +159,18 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     model.checkpoint_blocks = config.training.activation_checkpointing
     penalties = build_penalties(config.regularizer, model)
     optimizer = build_optimizer(config.optimizer, model, table)
+    gib = config.training.activation_cache_gib
+    cache = ActivationCache(model, int(gib * 2**30)) if gib > 0 else None
     if config.training.compile:
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
-    return Built(model, method, table.rows(model), precision, penalties, optimizer, kernels)
+    return Built(model, method, table.rows(model), precision, penalties, optimizer, cache, kernels)
 
 
-def loss_sum_of(config: Config) -> Any:
+def loss_sum_of(config: Config, cache: ActivationCache | None = None) -> Any:
     """The objective with its chunk size settled: (model, batch) -> summed nats."""
-    return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk)
+    hidden_states = None if cache is None else cache.hidden_states
+    return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk, hidden_states=hidden_states)
 
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:

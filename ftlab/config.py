@@ -337,6 +337,9 @@ class TrainingConfig:
     seed: int = option(0, "seed of initialisation, data order and dropout", low=0)
     activation_checkpointing: bool = option(False, "keep only block inputs and recompute the rest in backward")
     compile: bool = option(False, "torch.compile each decoder block")
+    activation_cache_gib: float = option(
+        0.0, "memory to keep what enters the lowest layer that trains, over epochs; 0: compute it each time", low=0
+    )
     head_chunk: int = option(256, "supervised positions that pass through the LM head at once", low=1)
     max_bad_steps: int = option(5, "steps in a row with a non-finite gradient before the run stops", low=1)
     preflight: bool = option(True, "run the longest batch once before step 1 for peak memory and time")

@@ -163,7 +163,7 @@ class _Session:
         saved = self._find_checkpoint()
         measurer = self._measurer(tokenizer, built)
         self._baseline(measurer, data, built)
-        replica = Replica(built.model, build.loss_sum_of(self.config), self.ranks)
+        replica = Replica(built.model, build.loss_sum_of(self.config, built.cache), self.ranks)
         if self.config.training.preflight:
             self._preflight(replica, loader, built, steps)
         self._resume(saved, state)
@@ -408,6 +408,8 @@ class _Session:
             fit(state, run)
         counters = state.counters
         seconds = time.monotonic() - begin - (self.record.content["timings"].get("validation", 0.0) - validating)
+        if built.cache is not None:
+            self.record.update(activation_cache=built.cache.summary())
         self.record.update(steps=counters.step, skipped_steps=counters.skipped, data_digest=counters.data_digest)
         if counters.tokens > tokens:
             self.record.update(throughput={"tokens_per_second": round((counters.tokens - tokens) / seconds, 1)})

@@ -7,6 +7,7 @@ Positions without a label are dropped before the head, so the head costs N, not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,9 @@ from ftlab.operators import Operators
 from ftlab.operators.linear_cross_entropy import IGNORED
 
 __all__ = ["SupervisedBatch", "SupervisedModel", "supervised_cross_entropy"]
+
+
+HiddenStates = Callable[[Any, Tensor, Tensor, Any], Tensor]
 
 
 class SupervisedBatch(Protocol):
@@ -53,13 +57,19 @@ class SupervisedModel(Protocol):
         """Hidden states after the last norm, [B, T, D]."""
 
 
-def supervised_cross_entropy(model: SupervisedModel, batch: SupervisedBatch, chunk: int) -> Tensor:
+def supervised_cross_entropy(
+    model: SupervisedModel, batch: SupervisedBatch, chunk: int, hidden_states: HiddenStates | None = None
+) -> Tensor:
     """The summed cross entropy, in nats, of the positions of `batch` that have a label; an fp32 scalar.
 
     A batch without a label gives 0 that is still connected to every parameter: their gradients are zeros rather than
     None, which data-parallel training relies on.
+
+    hidden_states: computes them instead of the model itself, from the model and the batch's tokens, positions and
+    documents; `ActivationCache.hidden_states` is one.
     """
-    hidden_BTD = model.hidden_states(batch.input_ids, batch.position_ids, batch.documents)
+    where = (batch.input_ids, batch.position_ids, batch.documents)
+    hidden_BTD = model.hidden_states(*where) if hidden_states is None else hidden_states(model, *where)
     labels = batch.labels.reshape(-1)
     supervised_N = torch.nonzero(labels != IGNORED).squeeze(1)
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, supervised_N)

@@ -279,14 +279,57 @@ class LlamaForCausalLM(nn.Module):
         documents: Documents | None = None,
         cache: KVCache | None = None,
         mask_BS: Tensor | None = None,
+        entry: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """The residual stream after the final norm, [B, T, D].
 
-        input_ids_BT: int64 token ids. position_ids_BT: int64; None counts from 0 in each document, from the first real
-        token of a padded row, or on from the cache. documents: packed documents that never see one another.
-        cache: holds the S - T positions before these, and takes these T. mask_BS: bool, True at real tokens, over all S
-        positions; left padding is how it is meant.
+        input_ids_BT: int64 token ids. position_ids_BT: int64; None counts from 0 in each document, from the first
+        real token of a padded row, or on from the cache. documents: packed documents that never see one another.
+        cache: holds the S - T positions before these, and takes these T. mask_BS: bool, True at real tokens, over all
+        S positions; left padding is how it is meant. entry: (layer, stream [B, T, D] that enters it), as `stream_at`
+        gives it: the embedding and the blocks below are left out.
         """
+        context = self._context(input_ids_BT, position_ids_BT, documents, cache, mask_BS)
+        first, h_BTD = (0, self.model.embed_tokens(input_ids_BT)) if entry is None else entry
+        h_BTD, update_BTD = self._run_blocks(h_BTD, first, len(self.model.layers), context)
+        if cache is not None:
+            cache.advance(input_ids_BT.shape[1])
+        out: Tensor = self.model.norm.add(h_BTD, update_BTD)[0]
+        return out
+
+    def stream_at(self, layer: int, input_ids_BT: Tensor) -> Tensor:
+        """The residual stream that enters block `layer`, [B, T, D], for rows of plain causal tokens."""
+        context = self._context(input_ids_BT, None, None, None, None)
+        h_BTD, update_BTD = self._run_blocks(self.model.embed_tokens(input_ids_BT), 0, layer, context)
+        return h_BTD if update_BTD is None else h_BTD + update_BTD
+
+    def frozen_depth(self) -> int:
+        """How many blocks from the first on neither train nor draw dropout; 0 if the embedding trains."""
+        if self.model.embed_tokens.weight.requires_grad:
+            return 0
+        for depth, block in enumerate(self.model.layers):
+            dropout = any(getattr(module, "dropout_p", 0) > 0 for module in block.modules())
+            if dropout or any(parameter.requires_grad for parameter in block.parameters()):
+                return depth
+        return len(self.model.layers)
+
+    def _run_blocks(self, h_BTD: Tensor, first: int, end: int, context: Context) -> tuple[Tensor, Tensor | None]:
+        """The stream after blocks first .. end - 1, and the update that is still to be added to it."""
+        run = self._block_runner(context.cache)
+        update_BTD: Tensor | None = None
+        for block in self.model.layers[first:end]:
+            h_BTD, update_BTD = run(block, h_BTD, update_BTD, context)
+        return h_BTD, update_BTD
+
+    def _context(
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor | None,
+        documents: Documents | None,
+        cache: KVCache | None,
+        mask_BS: Tensor | None,
+    ) -> Context:
+        """What the blocks need of these positions."""
         B, T = input_ids_BT.shape
         device = input_ids_BT.device
         past = 0 if cache is None else cache.length
@@ -303,16 +346,7 @@ class LlamaForCausalLM(nn.Module):
                 position_ids_BT = torch.arange(past, past + T, device=device)[None]
         angles = position_ids_BT[:, :, None, None] * rotary_frequencies(self.config, device)
         mask_BTS = make_mask(mask_BS, T, past + T, device)
-        context = Context(angles.cos(), angles.sin(), documents, mask_BTS, cache)
-        h_BTD: Tensor = self.model.embed_tokens(input_ids_BT)
-        run = self._block_runner(cache)
-        update_BTD: Tensor | None = None
-        for block in self.model.layers:
-            h_BTD, update_BTD = run(block, h_BTD, update_BTD, context)
-        if cache is not None:
-            cache.advance(T)
-        out: Tensor = self.model.norm.add(h_BTD, update_BTD)[0]
-        return out
+        return Context(angles.cos(), angles.sin(), documents, mask_BTS, cache)
 
     def _block_runner(self, cache: KVCache | None) -> Callable[[nn.Module, Tensor, Tensor | None, Context], Any]:
         """How this forward pass calls its blocks."""

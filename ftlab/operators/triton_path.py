@@ -61,7 +61,7 @@ def triton_operators(*, required: bool = False) -> Operators:
 
     def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         if fits("linear_cross_entropy", (hidden,)):
-            return head.linear_cross_entropy(hidden, weight, labels, chunk=chunk, all_valid=True)
+            return head.linear_cross_entropy(hidden, weight, labels, ignore_index=None)
         return linear_cross_entropy(hidden, weight, labels, chunk)
 
     fused_add = route("add_rms_norm", norm.add_rms_norm, torch_path.add_rms_norm, 2)
