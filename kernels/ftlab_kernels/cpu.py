@@ -231,7 +231,7 @@ def lora_linears(
 
 
 class _LoRA(torch.autograd.Function):
-    """Keeps x, the packed mask and s = drop(x) A^T, and the weights as they are."""
+    """Keeps x, the packed mask, scale * drop(x) A^T, the adapters in x's dtype, and the weights as they are."""
 
     @staticmethod
     @_exact
@@ -242,15 +242,16 @@ class _LoRA(torch.autograd.Function):
         dropped, bits = (x, None) if p == 0 or x.numel() == 0 else _drop(x, p, seed)  # type: ignore[arg-type]
         ranks = [len(down) for down in downs]
         A = torch.cat(downs).to(dtype)
+        B = [up.to(dtype) for up in ups]
         s = torch.mm(dropped, A.t())
-        outputs, parts = [], []
-        for weight, bias, up, scale, part in zip(weights, biases, ups, scales, s.split(ranks, 1), strict=True):
+        parts = s.split(ranks, 1)
+        outputs = []
+        for weight, bias, up, scale, part in zip(weights, biases, B, scales, parts, strict=True):
             weight = weight.to(dtype)
             y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(dtype), x, weight.t())
-            parts.append(part * scale)
-            y.addmm_(parts[-1], up.to(dtype).t())
+            y.addmm_(part.mul_(scale), up.t())
             outputs.append(y.view(*shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(x, bits, torch.cat(parts, 1), *tensors)
+        ctx.save_for_backward(x, bits, s, A, *B, *tensors)
         ctx.p, ctx.scales, ctx.ranks, ctx.shape = p, scales, ranks, shape
         return tuple(outputs)
 
@@ -258,39 +259,41 @@ class _LoRA(torch.autograd.Function):
     @_exact
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, bits, s, *tensors = ctx.saved_tensors
-        weights, _, downs, ups = (tensors[i::4] for i in range(4))
+        x, bits, s, A, *rest = ctx.saved_tensors
+        B, tensors = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
         wanted = ctx.needs_input_grad[4:]
         dys = [dy.reshape(-1, dy.shape[-1]).to(x.dtype) for dy in gradients]
         found: list[Tensor | None] = [None] * len(tensors)
         ds_parts = []
-        for i, (dy, up, part) in enumerate(zip(dys, ups, s.split(ctx.ranks, 1), strict=True)):
-            ds_parts.append(torch.mm(dy, up.to(x.dtype)).mul_(ctx.scales[i]))
+        for i, (dy, up, part) in enumerate(zip(dys, B, s.split(ctx.ranks, 1), strict=True)):
+            ds_parts.append(torch.mm(dy, up).mul_(ctx.scales[i]))
             if wanted[4 * i]:
-                found[4 * i] = torch.mm(dy.t(), x).to(weights[i].dtype)
+                found[4 * i] = torch.mm(dy.t(), x).to(tensors[4 * i].dtype)
             if wanted[4 * i + 1]:
                 found[4 * i + 1] = dy.sum(0, dtype=torch.float32).to(tensors[4 * i + 1].dtype)
             if wanted[4 * i + 3]:
-                found[4 * i + 3] = torch.mm(dy.t(), part).to(up.dtype)
+                found[4 * i + 3] = torch.mm(dy.t(), part).to(tensors[4 * i + 3].dtype)
         ds = torch.cat(ds_parts, 1)
         if any(wanted[2::4]):
             dropped = x if bits is None else _masked(x, bits, keep_scale(ctx.p))
-            d_downs = torch.mm(ds.t(), dropped).split(ctx.ranks)
-            for i, d_down in enumerate(d_downs):
-                found[4 * i + 2] = d_down.to(downs[i].dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(dys[0], weights[0].to(x.dtype))
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight.to(x.dtype))
-            A = torch.cat(downs).to(x.dtype)
-            if bits is None:
-                dx.addmm_(ds, A)
-            else:
-                through = torch.mm(ds, A)
-                call("masked_add", x.dtype, through, dx, bits, keep_scale(ctx.p), len(x), x.shape[-1])
-            dx = dx.view(ctx.shape)
+            for i, d_down in enumerate(torch.mm(ds.t(), dropped).split(ctx.ranks)):
+                found[4 * i + 2] = d_down.to(tensors[4 * i + 2].dtype)
+        dx = _input_gradient(ctx, dys, tensors[::4], ds, A, bits) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, *found
+
+
+def _input_gradient(
+    ctx: Any, dys: list[Tensor], weights: list[Tensor], ds: Tensor, A: Tensor, bits: Tensor | None
+) -> Tensor:
+    """sum_i dY_i W_i + keep * (dS A), in the input's shape."""
+    dx = torch.mm(dys[0], weights[0].to(A.dtype))
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, weight.to(A.dtype))
+    if bits is None:
+        dx.addmm_(ds, A)
+    else:
+        call("masked_add", A.dtype, torch.mm(ds, A), dx, bits, keep_scale(ctx.p), *dx.shape)
+    return dx.view(ctx.shape)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
