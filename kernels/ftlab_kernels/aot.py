@@ -1,6 +1,7 @@
 """Compile kernels for a GPU that is not there, and read what the compiler made of them.
 
-    python -m ftlab_kernels.aot            a table of every shipped kernel for sm_80 and sm_90; exit 1 if one is wrong
+    python -m ftlab_kernels.aot               a table of all shipped kernels for sm_80 and sm_90; exit 1 if one is wrong
+    python -m ftlab_kernels.aot --markdown    the same as a page, with a table for each operation
 
 Proves that a kernel compiles for its real argument types, how many registers and how much shared memory it takes, that
 nothing spills, and which instructions stand in it. Proves nothing about time, races or numbers.
@@ -10,9 +11,11 @@ Needs only the triton wheel, which brings ptxas, cuobjdump and nvdisasm. Run it 
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +23,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "Compiled", "Shipped", "all_shipped", "compile_shipped", "complaints", "main", "table"]
+__all__ = [
+    "ARCHITECTURES",
+    "MODULES",
+    "Compiled",
+    "Shipped",
+    "all_shipped",
+    "compile_all",
+    "compile_shipped",
+    "complaints",
+    "main",
+    "markdown",
+    "shipped_by_module",
+    "table",
+]
 
 ARCHITECTURES = (80, 90)
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may have
@@ -63,11 +79,16 @@ class Compiled:
     instructions: Counter[str]
 
 
-def all_shipped() -> list[Shipped]:
-    """Every kernel of the package in every shipped configuration."""
+def shipped_by_module() -> dict[str, list[Shipped]]:
+    """The shipped configurations of each operation."""
     import importlib
 
-    return [entry for name in MODULES for entry in importlib.import_module(f"ftlab_kernels.{name}").shipped()]
+    return {name: importlib.import_module(f"ftlab_kernels.{name}").shipped() for name in MODULES}
+
+
+def all_shipped() -> list[Shipped]:
+    """Every kernel of the package in every shipped configuration."""
+    return [entry for entries in shipped_by_module().values() for entry in entries]
 
 
 def compile_shipped(entry: Shipped, arch: int) -> Compiled:
@@ -152,17 +173,52 @@ def table(made: Sequence[Compiled]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> int:
-    """Compile everything, print the table and what is wrong."""
-    made, wrong = [], []
-    for entry in all_shipped():
-        for arch in entry.architectures:
-            built = compile_shipped(entry, arch)
-            made.append(built)
-            wrong += complaints(entry, built)
-    print(table(made))
+PAGE = """# What the compiler makes of the kernels
+
+The kernels that the package launches, with the argument types, block sizes and warps that it launches them with,
+compiled for sm_80 (A100) and sm_90 (H100) by triton {version} and the ptxas that comes with it. Nothing was run for
+this page: it says what a kernel takes and which instructions stand in it, and nothing about time.
+
+registers: of a thread (at most 255, and 65,536 in a block). spilled B: bytes of registers written to memory and read
+back. shared B: bytes of a block (at most {limits}). The other columns count
+instructions of the binary: HGMMA and HMMA are products by tensor cores on sm_90 and sm_80, UTMALDG and LDGSTS
+asynchronous copies into shared memory, IMAD integer multiplications, LDG and STG loads and stores of global memory.
+
+Written by `python scripts/kernel_table.py`.
+"""
+
+
+def markdown(made: Mapping[str, Sequence[Compiled]]) -> str:
+    """A page with a table for each operation. made: what was compiled, by module."""
+    import triton
+
+    limits = " and ".join(f"{limit:,} on sm_{arch}" for arch, limit in SHARED_LIMIT.items())
+    parts = [PAGE.format(version=triton.__version__, limits=limits)]
+    parts += [f"## {name}\n\n{table(each)}\n" for name, each in made.items()]
+    return "\n".join(parts)
+
+
+def compile_all() -> tuple[dict[str, list[Compiled]], list[str]]:
+    """Every shipped kernel for each of its architectures, by module, and what is wrong with them."""
+    made: dict[str, list[Compiled]] = {}
+    wrong: list[str] = []
+    for module, entries in shipped_by_module().items():
+        pairs = [(entry, compile_shipped(entry, arch)) for entry in entries for arch in entry.architectures]
+        made[module] = [built for _, built in pairs]
+        wrong += [line for pair in pairs for line in complaints(*pair)]
+    return made, wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile everything, print the table or the page, and what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m ftlab_kernels.aot", description="Compile every shipped kernel.")
+    parser.add_argument("--markdown", action="store_true", help="print a page with a table for each operation")
+    options = parser.parse_args(argv)
+    made, wrong = compile_all()
+    text = markdown(made) if options.markdown else table([built for each in made.values() for built in each]) + "\n"
+    print(text, end="")
     for line in wrong:
-        print(f"error: {line}")
+        print(f"error: {line}", file=sys.stderr)
     return int(bool(wrong))
 
 
