@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ftlab.allocator import restart_under_mimalloc
 from ftlab.compose import run_command
 from ftlab.config import Config
 
@@ -23,4 +24,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_under_mimalloc()
     raise SystemExit(main())

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ftlab.allocator import allocator_name
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_write
 
@@ -72,6 +73,7 @@ def describe_machine(device: torch.device, world: int) -> dict[str, Any]:
         "cpu_cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
+        "allocator": allocator_name(),
         "world_size": world,
     }
 
