@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ftlab_kernels.check import KernelMismatchError
+
 from ftlab import build
 from ftlab.compose import config_hash, run_folder, to_yaml
 from ftlab.config import Config, option_classes
@@ -139,6 +141,9 @@ class _Session:
             return self.end("interrupted", str(interrupted), interrupted.exit_code)
         except FtlabError as error:
             return self.end("failed", str(error), None, error)
+        except KernelMismatchError as error:
+            problem = FtlabError(f"{error}; kernels=reference trains without the kernel")
+            return self.end("failed", str(problem), None, problem)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             problem = FtlabError(f"{where}{error.strerror or error}; put that right and give the same command again")
@@ -349,7 +354,11 @@ class _Session:
     def _tell_kernels(self, built: build.Built) -> None:
         """What computed each operation in the trial run; what was left to torch, and why, is told."""
         paths = describe(built.model.operators)
-        self.record.update(kernels={"chosen": built.kernels, "calls": paths})
+        log = built.model.operators.log
+        compared = [] if log is None else log.lines()
+        self.record.update(kernels={"chosen": built.kernels, "calls": paths, "compared": compared})
+        for line in compared:
+            self.progress.message(f"  {line}")
         for name, calls in paths.items():
             for path, count in calls.items():
                 if path != built.model.operators.path:

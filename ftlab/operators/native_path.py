@@ -46,9 +46,9 @@ def native_operators(*, required: bool = False) -> Operators:
         wide = torch.promote_types(x.dtype, residual.dtype)  # under autocast a full model's stream is fp32, x is bf16
         return fused_add(x.to(wide), residual.to(wide), weight, eps)  # type: ignore[no-any-return]
 
-    def lora_linears(x: Tensor, adapted: Sequence[Adapted], p: float) -> tuple[Tensor, ...]:
+    def lora_linears(x: Tensor, adapted: Sequence[Adapted], p: float, seed: Tensor | None = None) -> tuple[Tensor, ...]:
         if fits("lora_linears", (x,), len(adapted)):
-            return cpu.lora_linears(x, adapted, p=p)
+            return cpu.lora_linears(x, adapted, p=p, seed=seed)
         return torch_path.lora_linears(x, adapted, p)
 
     def rows(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:

@@ -18,8 +18,9 @@ __all__ = ["add_rms_norm", "causal_attention", "lora_linears", "rms_norm", "rope
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467) of [..., D], in fp32, rounded once to x's dtype."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467) of [..., D], in fp32 or wider, rounded once to x's dtype."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(precise), weight.shape, weight.to(precise), eps).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + E/2) by their angle, in fp32; returns x's dtype."""
-    first, second = x_BTHE.float().chunk(2, dim=-1)
+    first, second = x_BTHE.to(torch.promote_types(x_BTHE.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHE.dtype)
 
 

@@ -52,11 +52,11 @@ def triton_operators(*, required: bool = False) -> Operators:
         wide = torch.promote_types(x.dtype, residual.dtype)  # under autocast a full model's stream is fp32, x is bf16
         return fused_add(x.to(wide), residual.to(wide), weight, eps)  # type: ignore[no-any-return]
 
-    def lora_linears(x: Tensor, adapted: Sequence[Adapted], p: float) -> tuple[Tensor, ...]:
+    def lora_linears(x: Tensor, adapted: Sequence[Adapted], p: float, seed: Tensor | None = None) -> tuple[Tensor, ...]:
         rank = max(len(layer.lora_A) for layer in adapted)
         why = f"rank {rank}, over {_MAX_RANK}" if rank > _MAX_RANK else ""
         if fits("lora_linears", (x,), len(adapted), why):
-            return lora.lora_linears(x, adapted, p=p)
+            return lora.lora_linears(x, adapted, p=p, seed=seed)
         return torch_path.lora_linears(x, adapted, p)
 
     def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:

@@ -1,0 +1,48 @@
+"""Every kernel with its reference beside it: `kernels=check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ftlab_kernels import lora
+from ftlab_kernels.adapted import Adapted
+from ftlab_kernels.check import CheckLog, checked
+from torch import Tensor
+
+from ftlab.operators import torch_path
+from ftlab.operators.base import Operators
+from ftlab.operators.linear_cross_entropy import reference_cross_entropy
+
+__all__ = ["checked_operators"]
+
+
+def checked_operators(operators: Operators) -> Operators:
+    """The same operators, each of which raises KernelMismatchError where it differs from torch by more than rounding.
+
+    `log` of the result counts the comparisons and keeps the worst of each operation. Packed attention is compared by
+    its own tests only: its reference would need the documents' masks in memory.
+    """
+    log = CheckLog()
+
+    def beside(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+        return checked(name, getattr(operators, name), reference, on_result=log.add)
+
+    def lora_linears(x: Tensor, adapted: Sequence[Adapted], p: float, seed: Tensor | None = None) -> Any:
+        return lora.reference(x, adapted, p=p, seed=seed)
+
+    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        return reference_cross_entropy(hidden, weight, labels)
+
+    return replace(
+        operators,
+        rms_norm=beside("rms_norm", torch_path.rms_norm),
+        add_rms_norm=beside("add_rms_norm", torch_path.add_rms_norm),
+        rope=beside("rope", torch_path.rope),
+        swiglu=beside("swiglu", torch_path.swiglu),
+        causal_attention=beside("causal_attention", torch_path.causal_attention),
+        lora_linears=beside("lora_linears", lora_linears),
+        linear_cross_entropy=beside("linear_cross_entropy", cross_entropy),
+        log=log,
+    )
