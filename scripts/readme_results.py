@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The table of results in README.md, generated from docs/results/*.json.
+"""The tables of results in README.md and docs/performance.md, generated from docs/results/*.json.
 
-    python scripts/readme_results.py                           write README.md's blocks anew
+    python scripts/readme_results.py                           write the pages' blocks anew
     python scripts/readme_results.py --check                   exit 1 if a block is not what the records give
     python scripts/readme_results.py --record lora_medical RUN...
         first make docs/results/lora_medical.json of finished run folders that differ in their seed alone
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 sys.path.insert(0, str(ROOT))
 
 from ftlab.files import atomic_write  # noqa: E402
@@ -120,14 +121,31 @@ def sentence(record: dict[str, Any], seeds: str) -> str:
     return f"{text} Exact match with its 95 % interval: {', '.join(intervals)}." if intervals else text
 
 
-def block(name: str, results: Path) -> str:
-    """What belongs between the marks of a block."""
+def block(name: str, results: Path, folder: str = "docs/results") -> str:
+    """What belongs between the marks of a block. folder: that of the records, as the page names it in links."""
     path = results / f"{name}.json"
     if not path.exists():
         return f"Not measured yet: there is no record `docs/results/{name}.json`.\n"
     record = json.loads(path.read_text("utf-8"))
-    made = peers_table(record) if record["name"] == "bench_peers" else table(record)
-    return f"\n{made}\nRecord: [{name}.json](docs/results/{name}.json)\n\n"
+    made = TABLES.get(record["name"], table)(record)
+    return f"\n{made}\nRecord: [{name}.json]({folder}/{name}.json)\n\n"
+
+
+def cpu_table(record: dict[str, Any]) -> str:
+    """A record of scripts/bench_cpu.py as Markdown: how many times as fast as plain torch, in one process."""
+    lines = ["| | x plain torch | lowest to highest |", "|---|---:|---:|"]
+    groups = [*record["operations"].items(), ("a training step", record["steps"])]
+    for name, rows in groups:
+        for who, row in rows.items():
+            if who != "torch":
+                label = name if len(rows) == 2 else f"{name}, {who}"
+                lines.append(f"| {label} | {row['ratio']:.2f} | {row['ratio_low']:.2f} to {row['ratio_high']:.2f} |")
+    return "\n".join([*lines, "", source(record)]) + "\n"
+
+
+def source(record: dict[str, Any]) -> str:
+    """Where a benchmark's figures come from."""
+    return f"`{record['command']}`, commit {str(record['commit'])[:10]}, on {machine(record['device'])}."
 
 
 def peers_table(record: dict[str, Any]) -> str:
@@ -142,9 +160,12 @@ def peers_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rewrite(text: str, results: Path) -> str:
+TABLES = {"bench_peers": peers_table, "bench_cpu": cpu_table}
+
+
+def rewrite(text: str, results: Path, folder: str = "docs/results") -> str:
     """The page with every block made anew. Raises ValueError if it has none."""
-    changed, count = BLOCK.subn(lambda found: found[1] + block(found["name"], results) + found[4], text)
+    changed, count = BLOCK.subn(lambda found: found[1] + block(found["name"], results, folder) + found[4], text)
     if count == 0:
         raise ValueError("the page has no block <!-- results:NAME --> ... <!-- /results -->")
     return changed
@@ -194,10 +215,10 @@ def settings(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The table of results in README.md, from docs/results/*.json.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is not up to date")
+    parser = argparse.ArgumentParser(description="The tables of results in the pages, from docs/results/*.json.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not up to date")
     parser.add_argument("--record", metavar="NAME", help="first write docs/results/NAME.json of the given run folders")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="another page")
+    parser.add_argument("--readme", type=Path, help="this page alone (default: README.md and docs/performance.md)")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="another folder of records")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders for --record")
     options = parser.parse_args(argv)
@@ -207,18 +228,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.record is not None:
             content = json.dumps(make_record(options.runs), indent=1, ensure_ascii=False) + "\n"
             atomic_write(options.results / f"{options.record}.json", content)
-        text = options.readme.read_text("utf-8")
-        changed = rewrite(text, options.results)
+        stale = [page for page in ([options.readme] if options.readme else PAGES) if update(page, options)]
     except (ValueError, OSError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if options.check:
-        if changed != text:
-            print(f"error: {options.readme} is not what the records give; run {Path(__file__).name}", file=sys.stderr)
-        return int(changed != text)
-    if changed != text:
-        atomic_write(options.readme, changed)
-    return 0
+    for page in stale if options.check else []:
+        print(f"error: {page} is not what the records give; run {Path(__file__).name}", file=sys.stderr)
+    return int(options.check and bool(stale))
+
+
+def update(page: Path, options: argparse.Namespace) -> bool:
+    """Whether a page is not what the records give; without --check it is written anew."""
+    folder = "results" if page.parent.name == "docs" else "docs/results"
+    text = page.read_text("utf-8")
+    changed = rewrite(text, options.results, folder)
+    if changed != text and not options.check:
+        atomic_write(page, changed)
+    return changed != text
 
 
 if __name__ == "__main__":

@@ -107,6 +107,10 @@ def split_command(words: list[str]) -> tuple[str, list[str]]:
         return words[2].removeprefix("ftlab."), words[3:]
     if words[0] == "python" and words[1].startswith("scripts/"):
         return words[1], words[2:]
+    if words[:2] == ["python", "-m"] and words[2].startswith("ftlab_kernels."):
+        return f"kernels/{words[2].replace('.', '/')}.py", words[3:]
+    if words[0] == "TRITON_INTERPRET=1" and words[1:4] == ["python", "-m", "pytest"]:
+        return "scripts/test.sh", words[4:]
     if words == ["source", ".venv/bin/activate"]:
         return "activate", []
     raise UncheckedError(shlex.join(words))
@@ -164,6 +168,9 @@ def check_script(script: str, arguments: list[str]) -> None:
         "scripts/test.sh --no-netwrok",
         "scripts/test.sh tests/absent.py",
         "python scripts/absent.py",
+        "python -m ftlab_kernels.absent",
+        "python -m ftlab_kernels.aot --absent",
+        "TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted/test_absent.py",
         "make all",
     ],
 )

@@ -18,7 +18,7 @@ __all__ = ["add_rms_norm", "causal_attention", "lora_linears", "rms_norm", "rope
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467) of [..., D], in fp32 or wider, rounded once to x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467) of [..., D], in fp32 or wider, rounded once to x's type."""
     precise = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(precise), weight.shape, weight.to(precise), eps).to(x.dtype)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ftlab.compose import compose
 from ftlab.config import LoRAConfig
 from ftlab.errors import FtlabError
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.methods import make_method
 from ftlab.models.activation_cache import ActivationCache
 from ftlab.models.llama import LlamaForCausalLM
+from ftlab.session import train
 from tests.helpers.training import collate, gradients, ragged_examples, tiny_llama
 
 UPPER = [r"layers\.1\..*_proj"]
@@ -97,3 +102,22 @@ def test_dropout_below_is_random_so_it_ends_the_frozen_part() -> None:
     assert model.frozen_depth() == 1
     model.model.layers[0].dropout_p = 0.1  # type: ignore[assignment]
     assert model.frozen_depth() == 0
+
+
+def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
+    """The cache is not part of a checkpoint: what is computed again after a resume must be what was kept before."""
+    common = [
+        *("model=tiny_random", "data=capitals", "data.template=plain", "data.limit_train=12", "data.batch_size=3"),
+        *("data.micro_batch_size=3", "data.packing=false", "method=lora", r"method.targets=['layers\.1\..*_proj']"),
+        *("training.epochs=3", "training.activation_cache_gib=0.1", "training.preflight=false", "evaluation=none"),
+        *("checkpoint.every_steps=5", "checkpoint.keep_last=9", "tracking=disabled", "optimizer.lr=1e-2"),
+    ]
+    assert train(*compose([*common, f"run_dir={tmp_path / 'whole'}"])) == 0
+    middle = tmp_path / "whole" / "checkpoints" / "step-00000005"
+    assert train(*compose([*common, f"run_dir={tmp_path / 'resumed'}", f"resume={middle}"])) == 0
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "resumed")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    kept = json.loads((tmp_path / "whole" / "run.json").read_text("utf-8"))["activation_cache"]
+    assert kept["layer"] == 1
+    assert kept["hits"] > kept["misses"] >= 12
