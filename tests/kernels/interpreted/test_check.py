@@ -199,6 +199,19 @@ def test_the_wrong_gradient_is_named(spoil: str) -> None:
     assert not caught.value.comparison.close
 
 
+def test_arguments_without_names_have_those_of_the_reference() -> None:
+    def wrong(*arguments: Tensor) -> Tensor:
+        return arguments[0] * scaled(arguments[1], 1.0, 1.02)
+
+    def reference(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight
+
+    with pytest.raises(KernelMismatchError, match="gradient of weight"):
+        checked("scale", wrong, reference)(leaf(5), leaf(5, seed=1)).sum().backward()
+    with pytest.raises(KernelMismatchError, match=r"arguments: arguments\[0\] float32 \[5\], arguments\[1\]"):
+        checked("scale", wrong, lambda *arguments: -arguments[0])(leaf(5), leaf(5, seed=1))
+
+
 def test_a_wrong_gradient_of_a_frozen_tensor_does_not_matter() -> None:
     outputs = checked("lora", lambda x, layers: linears(x, layers, spoil="weight"), linears)(random(5, 16), adapted())
     sum(out.sum() for out in outputs).backward()
