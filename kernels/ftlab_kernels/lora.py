@@ -17,7 +17,7 @@ Memory beyond the two large products, M = 8192, K = N = 4096, r = 16 in bf16: x 
 of parts, x and mask 71 MB: 24 + 22 + 24 us at 3.0 TB/s, and what the way of the products adds (`lora_plan` chooses):
 
     cublas     scale * s B^T is written first and the product of cuBLAS is added to it: 67 MB written and read, each way
-    triton     a kernel that begins its sum with the adapter's term: nothing more, but a slower product
+    triton     a kernel that begins its sum with the adapter's term: nothing more; the product itself may be slower
     augmented  [x | s] [W | scale B]^T by cuBLAS, K + R columns: nothing more if W and x are kept in buffers with room
                (AugmentedWeight, `room_for`); otherwise W and x are copied in every call, 134 MB. Backward as cublas.
 

@@ -6,7 +6,7 @@ Limits, for M = 8192, K = N = 4096, R = 16 in bf16 on an H100 (3.0 TB/s): a pass
 computes 1 to 2 GFLOP, so memory bounds it; `forward` and `input_gradient` are 275 GFLOP and bound by the tensor cores.
 
 A sum over M is cut into parts, whose number depends on the shape alone; each part is written in fp32 and `add_parts`
-adds them in order. With P programs `project_and_outer` so writes about 4 R (2 sqrt(P M N)) bytes and reads them again:
+adds them in order. With P programs `project_and_outer` so writes about 8 R sqrt(P M N) bytes and reads them again:
 12 MB each way at the shape above, most of it in L2. That grows with R while dy does not: above PAIRED_RANK it is
 cheaper to read dy twice.
 """
@@ -40,7 +40,8 @@ PAIRED_RANK = 32
 FEW_ROWS = 2048
 
 
-# --- block sizes: none of them spills on sm_80 or sm_90 ---------------------------------------------------------------
+# --- block sizes ------------------------------------------------------------------------------------------------------
+# With them nothing spills on sm_80 and sm_90 where rows begin at multiples of 16 elements; odd sizes are slow and right.
 
 
 def _ranks(rank: int, most: int = 256) -> int:
