@@ -41,7 +41,7 @@ FEW_ROWS = 2048
 
 
 # --- block sizes ------------------------------------------------------------------------------------------------------
-# With them nothing spills on sm_80 and sm_90 where rows begin at multiples of 16 elements; odd sizes are slow and right.
+# Nothing spills on sm_80 and sm_90 where rows begin at multiples of 16 elements; odd sizes spill and are slow.
 
 
 def _ranks(rank: int, most: int = 256) -> int:
