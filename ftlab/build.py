@@ -158,7 +158,7 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     model.use(operators)
     model.checkpoint_blocks = config.training.activation_checkpointing
     penalties = build_penalties(config.regularizer, model)
-    optimizer = build_optimizer(config.optimizer, model, table)
+    optimizer = build_optimizer(config.optimizer, model, table, triton=operators.path == "triton")
     gib = config.training.activation_cache_gib
     cache = ActivationCache(model, int(gib * 2**30)) if gib > 0 else None
     if config.training.compile:

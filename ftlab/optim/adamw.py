@@ -10,6 +10,8 @@ LoRA's A and B are matrices and decay.
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,21 @@ from torch import nn
 from ftlab.config import AdamWConfig, OptimizerConfig
 from ftlab.errors import ConfigError, FtlabError
 
-__all__ = ["LearningRates", "build_optimizer", "decayed", "set_lr"]
+__all__ = ["AdamW", "LearningRates", "build_optimizer", "decayed", "set_lr"]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, bit for bit, without its import of torch's compiler.
+
+    torch wraps these methods in notes to its compiler that import it when they are first called: a second of every
+    start, for an optimizer that nothing here compiles. What is wrapped is called as it is.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 class LearningRates(Protocol):
@@ -28,12 +44,15 @@ class LearningRates(Protocol):
         """The factor of the learning rate of each parameter that trains, by name."""
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module, table: LearningRates) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, table: LearningRates, *, triton: bool = False
+) -> torch.optim.Optimizer:
     """AdamW over the parameters that train, in groups of equal decay and equal share of the learning rate.
 
     A group holds `base_lr` (lr times its share), from which `set_lr` makes its rate, and `param_names`, by which a
     saved state is recognised. torch's fused kernel is used: deterministic, and on a CPU 3.5 times faster
-    than its two other forms for a set of adapters. Errors: nothing trains, or not AdamW's settings.
+    than its two other forms for a set of adapters. triton: ftlab_kernels' instead, which clips to max_grad_norm and
+    leaves out a step that is not finite by itself. Errors: nothing trains, or not AdamW's settings.
     """
     if not isinstance(config, AdamWConfig):
         raise ConfigError("optimizer: choose an option, for example optimizer=adamw")
@@ -48,9 +67,14 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, table: LearningRa
         {"params": named, "lr": config.lr * lr_scale, "base_lr": config.lr * lr_scale, "weight_decay": weight_decay}
         for (lr_scale, weight_decay), named in members.items()
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.0, fused=True
-    )
+    constants: Any = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": 0.0}
+    optimizer: torch.optim.Optimizer
+    if triton:
+        from ftlab_kernels.adamw import FusedAdamW
+
+        optimizer = FusedAdamW(groups, **constants, max_grad_norm=config.max_grad_norm or math.inf)
+    else:
+        optimizer = AdamW(groups, **constants, fused=True)
     optimizer.register_load_state_dict_pre_hook(_check_names)
     return optimizer
 

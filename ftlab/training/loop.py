@@ -7,6 +7,7 @@ fine-tuning, LoRA and every regularizer run through here unchanged: they differ 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,12 +81,8 @@ def train_step(
                     values[penalty.name] = float(value.detach())
                     loss = loss + value
             precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    grad_norm = float(precision.norm(optimizer, max_grad_norm))
     total_nats = float(ranks.sum(nats))
-    applied = bool(torch.isfinite(torch.tensor([grad_norm, total_nats])).all())
-    if applied or precision.scaler.is_enabled():
-        precision.scaler.step(optimizer)  # with fp16 the scaler itself leaves a non-finite step out
-        precision.scaler.update()
+    grad_norm, applied = precision.step(optimizer, max_grad_norm, finite=math.isfinite(total_nats))
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total_nats, supervised, tokens, grad_norm, values, applied)
 

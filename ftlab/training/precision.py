@@ -7,6 +7,7 @@ What trains is stored in fp32 always, so that a small update is never rounded aw
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 
 import torch
@@ -53,6 +54,22 @@ class Precision:
             wanted = torch.float32 if parameter.requires_grad else self.frozen
             if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
+
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None, *, finite: bool) -> tuple[float, bool]:
+        """Clip and update; returns the gradient's norm before clipping, and whether the weights moved.
+
+        finite: whether the loss is; if it or the gradient is not, nothing moves, and fp16's loss scale is lowered.
+        An optimizer with a `grad_norm` of its own unscales, measures, clips and decides in its own step.
+        """
+        own = hasattr(type(optimizer), "grad_norm")
+        norm = math.nan if own else float(self.norm(optimizer, max_norm))
+        finite = finite and (own or math.isfinite(norm))
+        if finite or self.scaler.is_enabled():
+            self.scaler.step(optimizer)  # with fp16 the scaler itself leaves a non-finite step out
+            self.scaler.update()
+            if own:
+                norm = float(optimizer.grad_norm)  # type: ignore[attr-defined]
+        return norm, finite and math.isfinite(norm)
 
     def norm(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
         """Unscale the gradients, clip them to the global `max_norm`, and return the norm before clipping."""
