@@ -118,4 +118,4 @@ def dot(a, b, acc):
 @triton.jit
 def fp32(x):
     """A scalar argument as fp32. Inductor passes Python floats as fp64, which would widen all that they touch."""
-    return tl.to_tensor(x).to(tl.float32)
+    return tl.full((), x, tl.float32)  # tl.to_tensor came with triton 3.7

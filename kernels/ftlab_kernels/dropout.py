@@ -119,7 +119,8 @@ def _apply_mask(
         left = columns - g * 8  # elements of the row from this group on
         used = tl.where(left >= 8, 255, (1 << tl.maximum(tl.minimum(left, 8), 0)) - 1)
         byte = byte & used[None, :]
-        tl.store(mask_ptr + index_g, byte.to(tl.uint8), mask=inside_g)
+        # Stored a byte at a time: for wider stores the compiler would draw the mask twice, in two layouts.
+        tl.store(mask_ptr + tl.max_contiguous(index_g, (1, 1)), byte.to(tl.uint8), mask=inside_g)
     else:
         byte = tl.load(mask_ptr + index_g, mask=inside_g, other=0).to(tl.int32)
     keep = expand_mask(byte, ROWS, COLUMNS)

@@ -17,7 +17,7 @@ Every product is accumulated in fp32; operands of one product are of one dtype. 
 from __future__ import annotations
 
 from ftlab_kernels.common import cast, dot, fp32, tl, triton
-from ftlab_kernels.random import ROUNDS, expand_mask
+from ftlab_kernels.random import expand_mask, keep_byte
 
 __all__ = [
     "add_parts",
@@ -29,41 +29,6 @@ __all__ = [
     "project_and_outer",
     "scale_gradient",
 ]
-
-_ROUNDS = tl.constexpr(ROUNDS)
-
-
-@triton.jit
-def _drawn(seed, group, drop_below):
-    """`random.keep_byte` in fewer instructions (13 for an element of `project` instead of 21), which must not bound it.
-
-    A 32 x 32 -> 64 bit product is one instruction, its two halves are two; two 16-bit numbers are compared at a time.
-    """
-    key_0, key_1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    w0, w1 = group.to(tl.uint32), (group >> 32).to(tl.uint32)
-    w2 = tl.zeros_like(w0)
-    w3 = w2
-    for _ in tl.static_range(_ROUNDS):
-        a, b = w0.to(tl.uint64) * 0xD2511F53, w2.to(tl.uint64) * 0xCD9E8D57
-        w0, w1 = (b >> 32).to(tl.uint32) ^ w1 ^ key_0.to(tl.uint32), b.to(tl.uint32)
-        w2, w3 = (a >> 32).to(tl.uint32) ^ w3 ^ key_1.to(tl.uint32), a.to(tl.uint32)
-        key_0 = (key_0 + 0x9E3779B9) & 0xFFFFFFFF
-        key_1 = (key_1 + 0xBB67AE85) & 0xFFFFFFFF
-    limit = tl.full((), drop_below, tl.uint32) * 0x10001
-    low, inverse = limit & 0x7FFF7FFF, limit ^ 0xFFFFFFFF
-    flags = _at_least(w0, low, inverse) | (_at_least(w1, low, inverse) << 2)
-    flags |= (_at_least(w2, low, inverse) << 4) | (_at_least(w3, low, inverse) << 6)
-    return ((flags | (flags >> 15)) & 0xFF).to(tl.int32)
-
-
-@triton.jit
-def _at_least(word, low, inverse):
-    """Bits 0 and 16: whether the lower and the upper half of word are at least the limit's.
-
-    low: the lower 15 bits of both halves of the limit; inverse: all its bits inverted.
-    """
-    carry = (word | 0x80008000) - low  # bit 15 of a half is set where its lower 15 bits are at least the limit's
-    return (((word & inverse) | ((word ^ inverse) & carry)) >> 15) & 0x10001
 
 
 @triton.jit
@@ -109,7 +74,7 @@ def project(
             inside_g = inside_m if EVEN else inside_m & (g < groups)[None, :]
             at_g = m[:, None] * groups + g[None, :]
             if DRAW:
-                byte = _drawn(seed, at_g, drop_below)
+                byte = keep_byte(seed, at_g, drop_below)
                 if not EVEN:
                     left = columns - g * 8
                     byte = byte & ((1 << tl.maximum(tl.minimum(left, 8), 0)) - 1)[None, :]

@@ -114,19 +114,35 @@ def keep_byte(seed, group, drop_below):
     """The packed mask of a block of groups: int32, in 0..255.
 
     seed: int64 scalar. group: int64 block of m G + g. drop_below: `threshold(p)`, int32.
+
+    In few instructions, since passes over memory wait for it: a 32 x 32 -> 64 bit product is one instruction where its
+    two halves are two, and two 16-bit numbers are compared at a time.
     """
-    w0, w1, w2, w3 = tl.randint4x(seed, group, _ROUNDS)
-    low = 0xFFFF
-    drop = tl.to_tensor(drop_below).to(tl.uint32)
-    byte = ((w0 & low) >= drop).to(tl.int32)
-    byte |= ((w0 >> 16) >= drop).to(tl.int32) << 1
-    byte |= ((w1 & low) >= drop).to(tl.int32) << 2
-    byte |= ((w1 >> 16) >= drop).to(tl.int32) << 3
-    byte |= ((w2 & low) >= drop).to(tl.int32) << 4
-    byte |= ((w2 >> 16) >= drop).to(tl.int32) << 5
-    byte |= ((w3 & low) >= drop).to(tl.int32) << 6
-    byte |= ((w3 >> 16) >= drop).to(tl.int32) << 7
-    return byte
+    key_0, key_1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    w0, w1 = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+    w2 = tl.zeros_like(w0)
+    w3 = w2
+    for _ in tl.static_range(_ROUNDS):
+        a, b = w0.to(tl.uint64) * 0xD2511F53, w2.to(tl.uint64) * 0xCD9E8D57
+        w0, w1 = (b >> 32).to(tl.uint32) ^ w1 ^ key_0.to(tl.uint32), b.to(tl.uint32)
+        w2, w3 = (a >> 32).to(tl.uint32) ^ w3 ^ key_1.to(tl.uint32), a.to(tl.uint32)
+        key_0 = (key_0 + 0x9E3779B9) & 0xFFFFFFFF
+        key_1 = (key_1 + 0xBB67AE85) & 0xFFFFFFFF
+    limit = tl.full((), drop_below, tl.uint32) * 0x10001
+    low, inverse = limit & 0x7FFF7FFF, limit ^ 0xFFFFFFFF
+    flags = _at_least(w0, low, inverse) | (_at_least(w1, low, inverse) << 2)
+    flags |= (_at_least(w2, low, inverse) << 4) | (_at_least(w3, low, inverse) << 6)
+    return ((flags | (flags >> 15)) & 0xFF).to(tl.int32)
+
+
+@triton.jit
+def _at_least(word, low, inverse):
+    """Bits 0 and 16: whether the lower and the upper half of word are at least the limit's.
+
+    low: the lower 15 bits of both halves of the limit; inverse: all its bits inverted.
+    """
+    carry = (word | 0x80008000) - low  # bit 15 of a half is set where its lower 15 bits are at least the limit's
+    return (((word & inverse) | ((word ^ inverse) & carry)) >> 15) & 0x10001
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from ftlab_kernels import dropout as kernel
+from ftlab_kernels import random as random_module
 from ftlab_kernels.common import KernelUnavailableError
 from ftlab_kernels.random import (
     draw_seed,
@@ -133,3 +134,20 @@ def test_a_broken_kernel_is_noticed(old: str, new: str, tmp_path: Path) -> None:
     broken = mutant(kernel, tmp_path, old, new)
     assert noticed(lambda: check(broken))
     assert not noticed(check)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(_at_least(w1, low, inverse) << 2)", "(_at_least(w1, low, inverse) << 1)"),
+        ("carry = (word | 0x80008000) - low", "carry = word - low"),
+        ("key_1 = (key_1 + 0xBB67AE85)", "key_1 = (key_1 + 0xBB67AE84)"),
+    ],
+)
+def test_a_broken_generator_is_noticed(old: str, new: str, tmp_path: Path) -> None:
+    generator = mutant(random_module, tmp_path, old, new)
+    broken = mutant(kernel, tmp_path, "from ftlab_kernels.random import (", f"from {generator.__name__} import (")
+    x = torch.ones(64, 4096, device=device())
+    wanted = kernel.reference(x, 0.3, seed(-1))
+    assert torch.equal(kernel.dropout(x, 0.3, seed=seed(-1)), wanted)
+    assert not torch.equal(broken.dropout(x, 0.3, seed=seed(-1)), wanted)
