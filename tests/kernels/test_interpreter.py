@@ -1,23 +1,17 @@
-"""Runs the kernels' tests in Triton's interpreter: a process each, because TRITON_INTERPRET counts when importing."""
+"""Runs the kernels' tests in Triton's interpreter: a process each, because TRITON_INTERPRET counts when importing.
+
+They start when a session begins to run tests and go on beside the others, which use one core; each waits for its own.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-FOLDER = Path(__file__).parent / "interpreted"
-ROOT = Path(__file__).parents[2]
+from tests.kernels import conftest
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
+@pytest.mark.parametrize("file", conftest.FILES)
 def test_in_the_interpreter(file: str, request: pytest.FixtureRequest) -> None:
-    long = ["--long"] if request.config.getoption("--long") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *long, str(FOLDER / file)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = conftest.outcome(file, request.config)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
