@@ -361,7 +361,7 @@ class _Session:
             self.progress.message(f"  {line}")
         for name, calls in paths.items():
             for path, count in calls.items():
-                if path != built.model.operators.path:
+                if path.startswith("torch, "):
                     self.tell(f"kernels: {name} was left to {path} ({count} calls)")
 
     def _loop(

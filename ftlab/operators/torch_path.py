@@ -54,7 +54,7 @@ def lora_linears(x: Tensor, adapted: Sequence[Adapted], p: float) -> tuple[Tenso
     rows = x.reshape(-1, x.shape[-1])
     low = F.linear(dropout(rows, p), torch.cat([layer.lora_A for layer in adapted]).to(x.dtype))
     outputs = []
-    for layer, part in zip(adapted, low.split([len(layer.lora_A) for layer in adapted], -1), strict=True):
+    for layer, part in zip(adapted, torch.split(low, [len(layer.lora_A) for layer in adapted], -1), strict=True):
         out = F.linear(rows, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
         out.addmm_(part * layer.scale, layer.lora_B.to(x.dtype).t())
         outputs.append(out.view(*x.shape[:-1], out.shape[-1]))

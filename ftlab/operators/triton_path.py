@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from ftlab_kernels import glu, lora, norm, rope
+from ftlab_kernels import attention, lora
 from ftlab_kernels import linear_cross_entropy as head
 from ftlab_kernels.adapted import Adapted
-from ftlab_kernels.attention import packed_attention
+from ftlab_kernels.glu import swiglu
+from ftlab_kernels.norm import add_rms_norm, rms_norm
+from ftlab_kernels.rope import rope
 from torch import Tensor
 
 from ftlab.errors import FtlabError
@@ -48,7 +50,7 @@ def triton_operators(*, required: bool = False) -> Operators:
 
         return operation
 
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, residual.dtype)  # under autocast a full model's stream is fp32, x is bf16
         return fused_add(x.to(wide), residual.to(wide), weight, eps)  # type: ignore[no-any-return]
 
@@ -64,15 +66,19 @@ def triton_operators(*, required: bool = False) -> Operators:
             return head.linear_cross_entropy(hidden, weight, labels, ignore_index=None)
         return linear_cross_entropy(hidden, weight, labels, chunk)
 
-    fused_add = route("add_rms_norm", norm.add_rms_norm, torch_path.add_rms_norm, 2)
+    def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        taken["packed_attention", f"torch's {attention.choose_backend(q.device, q.dtype, q.shape[-1])}"] += 1
+        return attention.packed_attention(q, k, v, lengths)
+
+    fused_add = route("add_rms_norm", add_rms_norm, torch_path.add_rms_norm, 2)
     return Operators(
         path="triton",
-        rms_norm=route("rms_norm", norm.rms_norm, torch_path.rms_norm, 1),
-        add_rms_norm=add_rms_norm,
-        rope=route("rope", rope.rope, torch_path.rope, 2),
-        swiglu=route("swiglu", glu.swiglu, torch_path.swiglu, 2),
+        rms_norm=route("rms_norm", rms_norm, torch_path.rms_norm, 1),
+        add_rms_norm=add_norm,
+        rope=route("rope", rope, torch_path.rope, 2),
+        swiglu=route("swiglu", swiglu, torch_path.swiglu, 2),
         lora_linears=lora_linears,
         linear_cross_entropy=cross_entropy,
-        packed_attention=packed_attention,
+        packed_attention=packed,
         taken=taken,
     )

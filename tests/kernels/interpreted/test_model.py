@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ftlab_kernels.attention import choose_backend
 
 from ftlab.config import AdamWConfig, LoRAConfig, PrecisionConfig
 from ftlab.errors import FtlabError
@@ -34,10 +35,12 @@ def adapted(dropout: float = 0.0, rank: int = 4) -> LlamaForCausalLM:
     return model.train()
 
 
-def loss_and_gradients(model: LlamaForCausalLM, operators: Operators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: LlamaForCausalLM, operators: Operators, examples: int = 3
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.use(operators)
     model.zero_grad()
-    (batch,) = collate(ragged_examples(3), 3)
+    (batch,) = collate(ragged_examples(examples), examples)
     loss = supervised_cross_entropy(model, batch.to(device()), 16)
     loss.backward()
     return loss.detach(), gradients(model)
@@ -54,6 +57,7 @@ def test_the_same_loss_and_gradients() -> None:
         torch.testing.assert_close(ours_found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     calls = describe(operators)
     assert calls.keys() >= set(NAMES) - {"causal_attention"}
+    assert list(calls.pop("packed_attention")) == [f"torch's {choose_backend(device(), torch.float32, 8)}"]
     assert all(path == "triton" for paths in calls.values() for path in paths)
 
 
@@ -63,7 +67,7 @@ def test_dropout_is_drawn_and_drawn_again() -> None:
     results = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        results.append(loss_and_gradients(model, operators))
+        results.append(loss_and_gradients(model, operators, 1))
     (first, first_found), (again, again_found), (other, _) = results
     assert torch.equal(first, again)
     assert all(torch.equal(first_found[name], again_found[name]) for name in first_found)
@@ -73,10 +77,10 @@ def test_dropout_is_drawn_and_drawn_again() -> None:
 def test_checkpointed_blocks_draw_the_same_masks() -> None:
     model, operators = adapted(dropout=0.3), triton_operators(required=True)
     torch.manual_seed(0)
-    _, plain = loss_and_gradients(model, operators)
+    _, plain = loss_and_gradients(model, operators, 1)
     model.checkpoint_blocks = True
     torch.manual_seed(0)
-    _, recomputed = loss_and_gradients(model, operators)
+    _, recomputed = loss_and_gradients(model, operators, 1)
     for name, gradient in plain.items():
         assert torch.equal(recomputed[name], gradient), name
 
