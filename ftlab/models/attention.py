@@ -226,20 +226,29 @@ def sdpa(
     return out.transpose(1, 2)
 
 
-# The shapes change with every batch: compiling around this call avoids compiling for each of them. Unlike its public
-# twin torch.compiler.disable, this decorator does not import the compiler (over a second) together with this module.
-@_disable_dynamo
 def document_attention(
     q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents, operators: Operators = TORCH
 ) -> Tensor:
     """Causal attention inside each document, and to the whole shared prefix if there is one. Returns [B, T, H, D].
 
-    Documents go into right-padded buckets. With a causal kernel no real query sees the padding behind it, so no mask
+    The shapes change with every batch, so a compiled block is compiled around this call rather than for each of them.
+    """
+    # The note to the compiler imports it when it is first called, a second that only torch.compile should cost.
+    inside = _outside_compiled if torch.compiler.is_compiling() else _document_attention
+    return inside(q_BTHD, k_BTKD, v_BTKD, documents, operators)
+
+
+def _document_attention(
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents, operators: Operators
+) -> Tensor:
+    """Documents go into right-padded buckets. With a causal kernel no real query sees the padding behind it, so no mask
     is built and each document's result is bitwise independent of every other document.
     """
     B, T = q_BTHD.shape[:2]
     if documents.total != B * T:
         raise ValueError(f"the documents hold {documents.total} tokens but the batch holds {B} x {T}")
+    if operators.packed_attention is not None and not documents.shared_prefix:
+        return operators.packed_attention(q_BTHD, k_BTKD, v_BTKD, documents.lengths)
     flat = [x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD)]
     if documents.uniform:
         bucket = documents.buckets[0]
@@ -263,6 +272,9 @@ def document_attention(
         outputs.append(sdpa(*shaped, causal=True, operators=operators).flatten(0, 1))
     out_N: Tensor = UnpadDocuments.apply(torch.cat(outputs), layout.inverse)  # type: ignore[no-untyped-call]
     return out_N.view(q_BTHD.shape)
+
+
+_outside_compiled = _disable_dynamo(_document_attention)
 
 
 def attention(
