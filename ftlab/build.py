@@ -27,6 +27,7 @@ from ftlab.models.loading import load_model, random_llama
 from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
+from ftlab.startup import without_collector
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, dtype_of
 
@@ -76,6 +77,7 @@ class Built:
     kernels: str  # a line that says who computes between the matrix products
 
 
+@without_collector()
 def build_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of model.tokenizer (`bytes`: one token a byte), or the one that comes with the weights."""
     wanted = config.model.tokenizer
@@ -123,6 +125,7 @@ def build_base(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> tuple[Llam
     return build_model(config, tokenizer, ranks, dtype=dtype), method
 
 
+@without_collector()
 def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     """Records, split and tokenised. Every example has a supervised token, or this raises with its id."""
     splits, source = load_records(config.data)

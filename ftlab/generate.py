@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ftlab.arguments import at_least_one, guarded, parse
 from ftlab.errors import ConfigError
+from ftlab.startup import without_collector
 
 __all__ = ["GenerateArguments", "main"]
 
@@ -35,11 +36,12 @@ def _run(argv: list[str]) -> int:
     if not words:
         raise ConfigError(f"no prompt given; {_USAGE}")
 
-    from ftlab.data.records import Message, wording
-    from ftlab.data.templates import ChatTemplate
-    from ftlab.models.generation import generate
-    from ftlab.open_run import open_run, parallel_of, read_config
-    from ftlab.training.parallel import start_ranks
+    with without_collector():
+        from ftlab.data.records import Message, wording
+        from ftlab.data.templates import ChatTemplate
+        from ftlab.models.generation import generate
+        from ftlab.open_run import open_run, parallel_of, read_config
+        from ftlab.training.parallel import start_ranks
 
     run_dir = Path(arguments.run)
     config, _ = read_config(run_dir)

@@ -8,12 +8,14 @@ from typing import Any
 from ftlab.allocator import restart_under_mimalloc
 from ftlab.compose import run_command
 from ftlab.config import Config
+from ftlab.startup import without_collector
 
 __all__ = ["main"]
 
 
 def _task(config: Config, resolved: dict[str, Any]) -> int:
-    from ftlab.session import train  # torch and the rest load only once the configuration is known to be good
+    with without_collector():
+        from ftlab.session import train  # torch and the rest load only once the configuration is known to be good
 
     return train(config, resolved)
 

@@ -56,7 +56,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed; its process must not have imported the other frameworks or opened a socket."""
+    """A run that nothing disturbed; its process must not have imported the other frameworks or torch's compiler,
+    or opened a socket."""
     folder = tmp_path_factory.mktemp("finished")
     program = (
         "import socket, sys\n"
@@ -64,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "socket.socket.connect = refuse\n"
         "from ftlab.train import main\n"
         f"code = main({command('run_dir=run')[3:]!r})\n"
-        "bad = {'transformers', 'peft', 'accelerate', 'trl'} & set(sys.modules)\n"
+        "bad = {'transformers', 'peft', 'accelerate', 'trl', 'torch._dynamo'} & set(sys.modules)\n"
         "assert not bad, bad\n"
         "raise SystemExit(code)\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +13,8 @@ from ftlab.errors import ConfigError, FtlabError
 
 __all__ = ["connect_groups", "limit_splits", "normalize_phrase", "split_of", "split_records"]
 
+NO_LETTER_OR_DIGIT = re.compile(r"[\W_]+")  # \w is str.isalnum and the underscore
+
 
 def normalize_phrase(text: str) -> str:
     """Letters and digits in lower case with single spaces between; what two spellings of one phrase share.
@@ -19,8 +22,7 @@ def normalize_phrase(text: str) -> str:
     Text without any letter or digit is kept as it is.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    words = "".join(character if character.isalnum() else " " for character in folded).split()
-    return " ".join(words) or folded.strip()
+    return NO_LETTER_OR_DIGIT.sub(" ", folded).strip() or folded.strip()
 
 
 def connect_groups(keys: Sequence[Iterable[str]]) -> list[str]:

@@ -82,12 +82,17 @@ def read_tensor(source: TensorSource, name: str, dtype: torch.dtype, device: tor
     for chunk in source.chunks(name):
         part = flat[filled : filled + chunk.numel()]
         part.copy_(chunk.reshape(-1))
-        if not bool(torch.isfinite(part).all()):
+        if not all_finite(part):
             raise FtlabError(f"{source.where}: tensor {name} has values that are not finite in {dtype}")
         filled += chunk.numel()
     if filled != out.numel():
         raise FtlabError(f"{source.where}: tensor {name} gave {filled} of {out.numel()} values")
     return out
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: NaN passes through the extremes, which take one pass and no memory."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def check_tied(source: TensorSource, embedding: Tensor) -> None:

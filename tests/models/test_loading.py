@@ -13,7 +13,7 @@ from ftlab.assets import resolve
 from ftlab.errors import FtlabError
 from ftlab.models.checkpoint import save_safetensors
 from ftlab.models.configuration import LlamaConfig
-from ftlab.models.loading import load_model, random_llama
+from ftlab.models.loading import all_finite, load_model, random_llama
 from tests.helpers.models import SMOLLM2
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
@@ -97,3 +97,14 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\x80\x02")
     with pytest.raises(FtlabError, match="neither a GGUF file nor a folder"):
         load_model(tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    values = torch.linspace(-2, 2, 131).to(dtype)  # longer than the vectors it is compared in, and no multiple of them
+    assert all_finite(values)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for index in range(len(values)):
+            spoilt = values.clone()
+            spoilt[index] = value
+            assert not all_finite(spoilt), (value, index)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from ftlab.config import AdamWConfig, LoRAConfig, OptimizerConfig
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import make_method
 from ftlab.methods.trainable import Rule, TrainableTable
-from ftlab.optim.adamw import build_optimizer, decayed, set_lr
+from ftlab.optim.adamw import AdamW, build_optimizer, decayed, set_lr
 from tests.helpers.models import tiny_llama
 
 CONFIG = AdamWConfig(lr=0.1, weight_decay=0.01, beta1=0.8, beta2=0.95, eps=1e-6)
@@ -102,3 +105,34 @@ def test_nothing_to_train_and_no_choice() -> None:
         build_optimizer(CONFIG, model, TrainableTable([Rule(".*", False)]))
     with pytest.raises(ConfigError, match="optimizer: choose"):
         build_optimizer(OptimizerConfig(), model, TrainableTable([Rule(".*", True)]))
+
+
+def test_it_is_torchs_own() -> None:
+    """The same methods without the notes to the compiler: equal weights and state, before and after a resume."""
+    from torch.optim import AdamW as Torchs
+
+    def trained(
+        cls: type[torch.optim.Optimizer], steps: int, saved: dict[str, Any] | None, weight: torch.Tensor
+    ) -> Any:
+        parameter = nn.Parameter(weight.clone())
+        optimizer = cls([("w", parameter)], lr=0.1, weight_decay=0.01, fused=True)  # type: ignore[call-arg]
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        for step in range(steps):
+            parameter.grad = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            optimizer.zero_grad()
+            assert parameter.grad is None
+        return parameter.detach(), optimizer.state_dict()
+
+    begin = torch.randn(5, 3, generator=torch.Generator().manual_seed(9))
+    ours, theirs = (trained(cls, 3, None, begin) for cls in (AdamW, Torchs))
+    assert_equal(ours, theirs)
+    assert_equal(trained(AdamW, 2, theirs[1], theirs[0]), trained(Torchs, 2, ours[1], ours[0]))
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
+    assert ours[1].keys() == theirs[1].keys()
+    assert ours[1]["param_groups"] == theirs[1]["param_groups"]
+    torch.testing.assert_close(ours[1]["state"], theirs[1]["state"], rtol=0, atol=0)
