@@ -1,17 +1,30 @@
 #!/usr/bin/env python3
-"""The same fine-tuning by Hugging Face's Trainer with PEFT and by ftlab, side by side on this machine's CPU.
+"""The same fine-tuning by Hugging Face's Trainer with PEFT, torchtune, LitGPT and ftlab, side by side on this CPU.
 
-    python scripts/bench_peers.py --repeats 3 --out docs/results/peers.json
+    python scripts/bench_peers.py --repeats 3 --wait-idle 300 --out docs/results/peers.json
     python scripts/bench_peers.py --dropout 0 --only hf-fp32 ftlab-fp32     do both learn the same?
-    python scripts/bench_peers.py --tiny --examples 24                      no download; its numbers mean nothing
+    python scripts/bench_peers.py --tiny --examples 24 --held-out 16        no download; its numbers mean nothing
 
-Alike for all: base weights and first adapter weights (files that ftlab wrote and both read), token ids and labels,
+torchtune and LitGPT run by the Python of an environment of their own, and only where that is given (torch as here;
+torchtune 0.6.1 imports what torchao removed in 0.16; LitGPT 0.5.13 needs requests, which only its extras ask for):
+
+    python -m venv A && A/bin/pip install torch==2.13.0 torchtune==0.6.1 torchao==0.15.0
+    python -m venv B && B/bin/pip install torch==2.13.0 litgpt==0.5.13 requests
+    python scripts/bench_peers.py --torchtune-python A/bin/python --litgpt-python B/bin/python
+
+Alike for all: base weights and first adapter weights (files that ftlab wrote and all read), token ids and labels,
 order, examples in a step, rank, alpha, dropout rate, target layers, AdamW and its constants, a constant learning rate,
-clipping, seed, threads. Differing: all else that the two do with them, which is what is compared.
+clipping, seed, threads, version of torch. Differing: all else that they do with them, which is what is compared.
 
 - `hf-fp32`, `hf-bf16`, `hf-bf16-weights`: Trainer, batches padded on the right to their longest example; all in fp32,
   or bf16=True (autocast) over base weights in fp32 or in bf16. PEFT keeps the adapter in fp32 in each, its default.
-- `ftlab-fp32`, `ftlab-bf16`: `python -m ftlab.train` without packing. bf16 is autocast over frozen weights in bf16.
+- `torchtune-fp32`, `torchtune-bf16`: its recipe lora_finetune_single_device; see scripts/peers_torchtune.py. Its bf16
+  has everything in bf16, the adapter included.
+- `litgpt-fp32`, `litgpt-bf16`, `litgpt-bf16-weights`: its recipe finetune_lora in 32-true, bf16-mixed and bf16-true;
+  the last has everything in bf16; see scripts/peers_litgpt.py.
+- `ftlab-fp32`, `ftlab-bf16`: `python -m ftlab.train` without packing. bf16 is autocast over frozen weights in bf16. Its
+  own options stand in FTLAB_OWN in scripts/peers_ftlab.py: the tokens that the examples of a step begin with are
+  computed once, so these see them through one dropout mask. They count once for each example, as everywhere.
 
 Each contestant runs in a process of its own, one after another, in another order in each repeat. Measured:
 
@@ -29,360 +42,49 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import importlib.util
-import itertools
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 # This process must stay small and so imports neither torch nor the frameworks: on Linux a child's largest resident set
 # starts from its parent's at the moment of the start.
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+SCRIPTS = Path(__file__).resolve().parent
+ROOT = SCRIPTS.parent
+sys.path[:0] = [str(SCRIPTS), str(ROOT)]
+
+from peers_common import (  # noqa: E402
+    CONTESTANTS,
+    FACTS,
+    GUESTS,
+    PACKAGES,
+    STEPS,
+    BenchError,
+    Settings,
+    agreement,
+    figures,
+    order,
+    summarize,
+    table,
+)
+from peers_ftlab import FTLAB_OWN, own_overrides, prepare, read_ftlab  # noqa: E402
+from peers_hf import score, train_hf  # noqa: E402
 
 from ftlab.files import atomic_write  # noqa: E402
 
-__all__ = ["CONTESTANTS", "Settings", "agreement", "main", "order", "read_ftlab", "summarize", "table", "tail_loss"]
+__all__ = ["beginning", "main", "now", "record"]
 
-PACKAGES = ("transformers", "peft", "accelerate")
-VERSIONS = ("torch", "numpy", "safetensors", "tokenizers", *PACKAGES)
-CONTESTANTS = {  # name -> framework, what is computed in, what the frozen weights are stored in
-    "hf-fp32": ("hf", "fp32", "fp32"),
-    "hf-bf16": ("hf", "bf16", "fp32"),
-    "hf-bf16-weights": ("hf", "bf16", "bf16"),
-    "ftlab-fp32": ("ftlab", "fp32", "fp32"),
-    "ftlab-bf16": ("ftlab", "bf16", "bf16"),
-}
-BASE, ADAPTER, EXAMPLES, RECORDS, FACTS = "base", "adapter", "examples.json", "train.jsonl", "facts.json"
-IGNORE = -100
 TOLERANCE = 1e-3  # nats; how far two fp32 runs of the same steps may drift apart without dropout
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all contestants share."""
-
-    examples: int = 160
-    held_out: int = 48
-    max_length: int = 512
-    batch_size: int = 8
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.1
-    lr: float = 1e-3
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    threads: int = 1
-    tiny: bool = False
-
-
-class BenchError(Exception):
-    """A mistake or failure that one line explains."""
-
-
-# --- what the figures mean -------------------------------------------------------------------------------------------
-
-
-def tail_loss(losses: Sequence[float], supervised: Sequence[int]) -> float:
-    """Nats per supervised token over the last quarter of the steps (at least one), from each step's mean and tokens."""
-    last = max(1, len(losses) // 4)
-    weights = supervised[-last:]
-    return sum(loss * weight for loss, weight in zip(losses[-last:], weights, strict=True)) / sum(weights)
-
-
-def order(names: Sequence[str], repeat: int) -> list[str]:
-    """The order of one repeat: each repeat begins one further, so that no contestant always runs first or last."""
-    start = repeat % len(names)
-    return [*names[start:], *names[:start]]
-
-
-def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Medians over the repeats, and their relation to the best HF setting of each column; None without an HF run.
-
-    speed and memory are divided by the HF contestants' highest speed and lowest peak; the held-out loss is subtracted.
-    """
-    measured = ("tokens_per_second", "peak_rss", "train_loss", "held_out_loss")
-    rows: dict[str, dict[str, float | None]] = {}
-    medians: dict[str, dict[str, float]] = {}
-    for name in CONTESTANTS:
-        mine = [run for run in runs if run["contestant"] == name]
-        if mine:
-            medians[name] = {key: statistics.median(run[key] for run in mine) for key in measured}
-    peers = [values for name, values in medians.items() if CONTESTANTS[name][0] == "hf"]
-    for name, values in medians.items():
-        rows[name] = {**values, "speed_ratio": None, "memory_ratio": None, "held_out_difference": None}
-        if peers:
-            rows[name] |= {
-                "speed_ratio": values["tokens_per_second"] / max(peer["tokens_per_second"] for peer in peers),
-                "memory_ratio": values["peak_rss"] / min(peer["peak_rss"] for peer in peers),
-                "held_out_difference": values["held_out_loss"] - min(peer["held_out_loss"] for peer in peers),
-            }
-    return rows
-
-
-def table(summary: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The medians as text, a line a contestant. `x HF`: divided by the best HF setting; `- HF`: minus it."""
-    heads = ("contestant", "tokens/s", "x HF", "peak GiB", "x HF", "train loss", "held-out", "- HF")
-
-    def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    lines = [heads]
-    for name, row in summary.items():
-        peak = row["peak_rss"]
-        cells = (
-            shown(row["tokens_per_second"], ".1f"),
-            shown(row["speed_ratio"], ".2f"),
-            shown(None if peak is None else peak / 2**30, ".2f"),
-            shown(row["memory_ratio"], ".2f"),
-            shown(row["train_loss"], ".4f"),
-            shown(row["held_out_loss"], ".4f"),
-            shown(row["held_out_difference"], "+.4f"),
-        )
-        lines.append((name, *cells))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
-
-
-def agreement(runs: Sequence[Mapping[str, Any]]) -> float | None:
-    """The largest difference between the two frameworks' fp32 losses of one step; None unless both ran."""
-    losses: dict[str, list[float]] = {run["contestant"]: run["losses"] for run in runs}
-    if not {"hf-fp32", "ftlab-fp32"} <= losses.keys():
-        return None
-    return max(abs(a - b) for a, b in zip(losses["hf-fp32"], losses["ftlab-fp32"], strict=True))
-
-
-def read_ftlab(run_dir: Path) -> dict[str, Any]:
-    """A run folder of ftlab in the same terms as `train_hf`: end of each step, its loss and tokens, peak memory."""
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
-    lines = [line for line in metrics if line["split"] == "train"]
-
-    def each_step(key: str) -> list[int]:
-        totals = [0, *(line[key] for line in lines)]
-        return [after - before for before, after in itertools.pairwise(totals)]
-
-    return {
-        "times": [line["time"] for line in lines],
-        "losses": [line["loss"] for line in lines],
-        "tokens": each_step("tokens"),
-        "supervised": each_step("supervised_tokens"),
-        "peak_rss": lines[-1]["memory_bytes"],
-    }
-
-
-def figures(steps: Mapping[str, Any], expected: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """One run's figures from what was recorded at each step; refuses a run over other examples than the rest."""
-    tokens, times = steps["tokens"], steps["times"]
-    if tokens != expected["tokens"] or steps["supervised"] != expected["supervised"]:
-        raise BenchError("it did not train on the prepared examples in their order; the comparison would be void")
-    seconds = times[-1] - times[0]
-    return {
-        "tokens_per_second": sum(tokens[1:]) / seconds,
-        "seconds": seconds,
-        "tokens": sum(tokens[1:]),
-        "steps": len(tokens),
-        "peak_rss": steps["peak_rss"],
-        "train_loss": tail_loss(steps["losses"], steps["supervised"]),
-        "losses": steps["losses"],
-    }
-
-
-# --- the contestants, each in its own process -------------------------------------------------------------------------
-
-
-def ftlab_overrides(settings: Settings, precision: str) -> list[str]:
-    """The arguments of `python -m ftlab.train`, which runs in the working folder."""
-    return [
-        *("model=smollm2_135m", "model.name=base", f"model.location={BASE}", f"precision={precision}"),
-        *("data=files", f"data.train={RECORDS}", "data.validation_fraction=0", "data.test_fraction=0"),
-        *("data.template=model", f"data.max_length={settings.max_length}", "data.packing=false", "data.shuffle=false"),
-        *(f"data.batch_size={settings.batch_size}", f"data.micro_batch_size={settings.batch_size}"),
-        *("method=lora", f"method.rank={settings.rank}", f"method.alpha={settings.alpha}"),
-        *(f"method.dropout={settings.dropout}", f"optimizer.lr={settings.lr}", "optimizer.weight_decay=0"),
-        *(f"optimizer.max_grad_norm={settings.max_grad_norm}", "schedule=constant", "schedule.warmup_steps=0"),
-        *("parallel.device=cpu", f"parallel.threads={settings.threads}", f"training.seed={settings.seed}"),
-        *("tracking=disabled", "tracking.log_every_steps=1", "evaluation=none", "training.epochs=1"),
-    ]
-
-
-def prepare(work: Path, settings: Settings) -> None:
-    """Write base, first adapter, examples (as text for ftlab, as ids for HF) and the facts of machine and data."""
-    import importlib.metadata
-    import platform
-
-    import torch
-
-    from ftlab.build import build_data, build_model, build_tokenizer
-    from ftlab.compose import compose
-    from ftlab.methods import make_method
-    from ftlab.models.checkpoint import save_safetensors
-    from ftlab.training.parallel import start_ranks
-    from ftlab.training.record import describe_machine
-
-    source = ["model=tiny_random", "data=capitals"] if settings.tiny else ["model=smollm2_135m", "data=hpo_define"]
-    limits = [f"data.limit_train={settings.examples}", f"data.limit_validation={settings.held_out}"]
-    shared = [override for override in ftlab_overrides(settings, "fp32") if override.startswith("parallel.")]
-    config, _ = compose([*source, *limits, *shared, "data.template=model", f"data.max_length={settings.max_length}"])
-    tokenizer = build_tokenizer(config)
-    data = build_data(config, tokenizer)
-    if (len(data.train), len(data.validation)) != (settings.examples, settings.held_out):
-        raise BenchError(
-            f"{data.source.name} has {len(data.train)} training and {len(data.validation)} held-out examples"
-        )
-    rows = [{"id": r.id, "messages": [asdict(message) for message in r.messages]} for r in data.splits.train]
-    with start_ranks(config.parallel) as ranks:
-        model = build_model(config, tokenizer, ranks, dtype=torch.float32)
-        save_safetensors(model, work / BASE)
-        tokenizer.save(work / BASE)
-        atomic_write(work / RECORDS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        training, _ = compose(ftlab_overrides(settings, "fp32"))  # its files must exist
-        method = make_method(training.method, seed=training.training.seed)
-        method.apply(model)
-        method.save(model, work / ADAPTER, BASE)
-        machine = describe_machine(ranks.device, ranks.world)
-    sides = {"train": data.train, "held_out": data.validation}
-    content = {
-        side: [{"ids": list(example.token_ids), "labels": labels_of(example)} for example in examples]
-        for side, examples in sides.items()
-    }
-    atomic_write(work / EXAMPLES, json.dumps({**content, "pad_id": tokenizer.pad_id}))
-    facts = {
-        "machine": machine,
-        "packages": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in VERSIONS}},
-        "data": data.source.as_dict(),
-        "model": config.model.name,
-        "steps": step_sizes(content["train"], settings.batch_size),
-    }
-    atomic_write(work / FACTS, json.dumps(facts))
-
-
-def labels_of(example: Any) -> list[int]:
-    """Labels by position, unshifted as transformers wants them: the id where it is learnt, else -100."""
-    return [id if learnt else IGNORE for id, learnt in zip(example.token_ids, example.supervised, strict=True)]
-
-
-def step_sizes(examples: Sequence[Mapping[str, Sequence[int]]], batch_size: int) -> dict[str, list[int]]:
-    """Real and supervised tokens of each step in order. A row's first token is never predicted."""
-    parts = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
-    return {
-        "tokens": [sum(len(row["ids"]) for row in part) for part in parts],
-        "supervised": [sum(label != IGNORE for row in part for label in row["labels"][1:]) for part in parts],
-    }
-
-
-def padded(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[str, Any]:
-    """A batch as transformers takes it, each int64 [B, T], padded on the right to the longest row."""
-    import torch
-
-    longest = max(len(row["ids"]) for row in rows)
-
-    def filled(values: Sequence[int], filler: int) -> list[int]:
-        return [*values, *[filler] * (longest - len(values))]
-
-    return {
-        "input_ids": torch.tensor([filled(row["ids"], pad_id) for row in rows]),
-        "labels": torch.tensor([filled(row["labels"], IGNORE) for row in rows]),
-        "attention_mask": torch.tensor([filled([1] * len(row["ids"]), 0) for row in rows]),
-    }
-
-
-def train_hf(work: Path, settings: Settings, name: str, run: str) -> None:
-    """Trainer and PEFT over the prepared examples; writes its adapter and what happened at each step."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    from ftlab.training.record import peak_rss_bytes
-
-    torch.set_num_threads(settings.threads)
-    _, compute, frozen = CONTESTANTS[name]
-    content = json.loads((work / EXAMPLES).read_text("utf-8"))
-    steps: dict[str, Any] = {"times": [], "losses": [], "tokens": [], "supervised": []}
-
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-        for key, sizes in step_sizes(rows, len(rows)).items():
-            steps[key] += sizes
-        return padded(rows, content["pad_id"])
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **named: Any) -> None:
-            steps["times"].append(time.time())
-            steps["peak_rss"] = peak_rss_bytes()
-
-        def on_log(self, *arguments: Any, **named: Any) -> None:
-            if "loss" in named["logs"]:  # the last call has the run's totals instead
-                steps["losses"].append(named["logs"]["loss"])
-
-    dtype = torch.bfloat16 if frozen == "bf16" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(work / BASE, dtype=dtype)
-    model = PeftModel.from_pretrained(
-        base, work / ADAPTER, is_trainable=True
-    )  # autocast_adapter_dtype: adapter in fp32
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    arguments = TrainingArguments(
-        output_dir=str(work / run),
-        per_device_train_batch_size=settings.batch_size,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        learning_rate=settings.lr,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        use_cpu=True,
-        bf16=compute == "bf16",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=content["train"], callbacks=[Watch()])
-    trainer.train()
-    model.save_pretrained(str(work / run / "adapter"))
-    atomic_write(work / run / "steps.json", json.dumps(steps))
-
-
-def score(work: Path, settings: Settings, runs: Sequence[str]) -> None:
-    """The held-out loss of each run's adapter on the fp32 base: one evaluator for all, and neither framework's own."""
-    import torch
-    from peft import PeftModel
-    from torch.nn.functional import cross_entropy
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(settings.threads)
-    content = json.loads((work / EXAMPLES).read_text("utf-8"))
-    held_out = content["held_out"]
-    losses = {}
-    for run in runs:
-        base = AutoModelForCausalLM.from_pretrained(work / BASE, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, work / run / "adapter").eval()
-        nats, count = 0.0, 0
-        for start in range(0, len(held_out), settings.batch_size):
-            batch = padded(held_out[start : start + settings.batch_size], content["pad_id"])
-            targets = batch.pop("labels")[:, 1:].flatten()
-            with torch.inference_mode():
-                logits = model(**batch).logits[:, :-1].flatten(0, 1)
-                nats += float(cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE))
-            count += int((targets != IGNORE).sum())
-        losses[run] = {"held_out_loss": nats / count, "held_out_tokens": count}
-    atomic_write(work / "scores.json", json.dumps(losses))
-
-
-# --- the parent ------------------------------------------------------------------------------------------------------
+IDLE = 0.3  # load average of the last minute under which the machine counts as idle
 
 
 def start(command: Sequence[str], work: Path, settings: Settings, what: str) -> None:
@@ -394,6 +96,7 @@ def start(command: Sequence[str], work: Path, settings: Settings, what: str) -> 
         "PYTHONPATH": str(ROOT),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # LitGPT takes a GPU that it sees
     }
     with log.open("wb") as output:
         done = subprocess.run(command, cwd=work, env=environment, stdout=output, stderr=output, check=False)
@@ -408,6 +111,13 @@ def start_role(role: str, work: Path, settings: Settings, *words: str) -> None:
     start(command, work, settings, words[-1] if role == "hf" else role)
 
 
+def start_guest(framework: str, python: Path, work: Path, settings: Settings, words: Sequence[str]) -> None:
+    """Run the file of a framework that has an interpreter of its own."""
+    script = SCRIPTS / f"peers_{framework}.py"
+    command = [str(python), str(script), json.dumps(asdict(settings)), *words]
+    start(command, work, settings, f"{framework}-{words[0]}" if len(words) == 1 else words[-1])
+
+
 def play_role(role: str, settings: Settings, words: Sequence[str]) -> None:
     """What a child does; the working folder is the current one."""
     work = Path.cwd()
@@ -419,31 +129,66 @@ def play_role(role: str, settings: Settings, words: Sequence[str]) -> None:
         score(work, settings, words)
 
 
-def measure(work: Path, settings: Settings, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+def run_one(work: Path, settings: Settings, name: str, run: str, pythons: Mapping[str, Path]) -> Mapping[str, Any]:
+    """One contestant's run: what happened at each step."""
+    framework, compute = CONTESTANTS[name][:2]
+    if framework == "ftlab":
+        start([sys.executable, "-m", "ftlab.train", *own_overrides(settings, compute, run)], work, settings, run)
+        return read_ftlab(work / run)
+    if framework == "hf":
+        start_role("hf", work, settings, name, run)
+    else:
+        start_guest(framework, pythons[framework], work, settings, [name, run])
+    steps: dict[str, Any] = json.loads((work / run / STEPS).read_text("utf-8"))
+    return steps
+
+
+def wait_idle(seconds: float) -> float:
+    """Wait until the machine is idle, at most that long; the seconds it took."""
+    began = time.monotonic()
+    while os.getloadavg()[0] >= IDLE and (left := seconds - (time.monotonic() - began)) > 0:
+        time.sleep(min(2.0, left))
+    return time.monotonic() - began
+
+
+def measure(
+    work: Path, settings: Settings, names: Sequence[str], pythons: Mapping[str, Path], repeats: int, wait: float
+) -> list[dict[str, Any]]:
     """Every contestant in every repeat, then the held-out losses of all."""
     expected = json.loads((work / FACTS).read_text("utf-8"))["steps"]
     runs: list[dict[str, Any]] = []
     for repeat in range(repeats):
         for name in order(names, repeat):
             run = f"{name}-{repeat}"
+            waited = wait_idle(wait)
             load = os.getloadavg()[0]
-            framework, compute, _ = CONTESTANTS[name]
-            if framework == "hf":
-                start_role("hf", work, settings, name, run)
-                steps = json.loads((work / run / "steps.json").read_text("utf-8"))
-            else:
-                overrides = [*ftlab_overrides(settings, compute), f"run_dir={run}"]
-                start([sys.executable, "-m", "ftlab.train", *overrides], work, settings, run)
-                steps = read_ftlab(work / run)
+            steps = run_one(work, settings, name, run, pythons)
             try:
                 found = figures(steps, expected)
             except BenchError as error:
                 raise BenchError(f"{run}: {error}") from None
-            runs.append({"contestant": name, "repeat": repeat, "load_before": load, **found})
+            runs.append({"contestant": name, "repeat": repeat, "waited": waited, "load_before": load, **found})
             print(f"{run}: {found['tokens_per_second']:.1f} tokens/s", file=sys.stderr, flush=True)
     start_role("score", work, settings, *(f"{run['contestant']}-{run['repeat']}" for run in runs))
     scores = json.loads((work / "scores.json").read_text("utf-8"))
     return [{**run, **scores[f"{run['contestant']}-{run['repeat']}"]} for run in runs]
+
+
+def guest_packages(framework: str, python: Path) -> dict[str, str]:
+    """Versions in another interpreter, which must have the framework and the same torch as this one."""
+    code = (
+        "import importlib.metadata as m, json, platform, sys; "
+        "print(json.dumps({'python': platform.python_version(), **{n: m.version(n) for n in sys.argv[1:]}}))"
+    )
+    done = subprocess.run([python, "-c", code, *GUESTS[framework]], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise BenchError(f"--{framework}-python {python}: {said[-1] if said else 'it said nothing'}")
+    versions: dict[str, str] = json.loads(done.stdout)
+    here = importlib.metadata.version("torch")
+    if versions["torch"] != here:
+        raise BenchError(f"--{framework}-python {python} has torch {versions['torch']}, this one {here}")
+    return versions
 
 
 def git(*words: str) -> str | None:
@@ -466,12 +211,14 @@ def record(
         **started,
         "finished": now(),
         "packages": facts["packages"],
+        "guest_packages": facts["guest_packages"],
         "device": facts["machine"],
         "model": facts["model"],
         "data": facts["data"],
         "settings": asdict(settings),
+        "ftlab_own": list(FTLAB_OWN),
         "contestants": {
-            name: dict(zip(("framework", "compute", "frozen"), CONTESTANTS[name], strict=True))
+            name: dict(zip(("framework", "compute", "frozen", "adapter"), CONTESTANTS[name], strict=True))
             for name in CONTESTANTS
             if any(run["contestant"] == name for run in runs)
         },
@@ -507,18 +254,49 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=defaults.dropout, help="on the adapter (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each contestant; medians are shown (default 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all cores)")
-    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), metavar="NAME", help="these contestants alone")
+    for guest in GUESTS:
+        parser.add_argument(
+            f"--{guest}-python", type=Path, metavar="PATH", help=f"a Python that has {guest}, which then takes part"
+        )
+    parser.add_argument(
+        "--wait-idle",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help=f"before each run, wait at most that long for a load average under {IDLE} (default: do not wait)",
+    )
     parser.add_argument("--tiny", action="store_true", help="two random layers and a table of capitals: no download")
     parser.add_argument("--out", type=Path, help="write the JSON record here")
     chosen = parser.parse_args(argv)
-    least = 2 * defaults.batch_size
-    if chosen.examples < least:
-        parser.error(f"--examples {chosen.examples}: at least {least}, since step 1 is warm-up")
+    check(parser, chosen)
+    return chosen
+
+
+def check(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
+    """Refuse what cannot work; add `pythons`, the interpreters by framework, and `names`, who takes part."""
+    batch = Settings().batch_size
+    if chosen.examples < 2 * batch:
+        parser.error(f"--examples {chosen.examples}: at least {2 * batch}, since step 1 is warm-up")
     if min(chosen.held_out, chosen.repeats, chosen.threads) < 1 or not 0 <= chosen.dropout < 1:
         parser.error("--held-out, --repeats and --threads are at least 1, --dropout is at least 0 and below 1")
+    if not chosen.wait_idle >= 0:
+        parser.error("--wait-idle is at least 0")
+    given = {guest: getattr(chosen, f"{guest}_python") for guest in GUESTS}
+    # Not resolved: the Python of a virtual environment is a link, and where it stands says which packages it has.
+    chosen.pythons = {guest: path.absolute() for guest, path in given.items() if path is not None}
+    for guest, path in chosen.pythons.items():
+        if not path.is_file():
+            parser.error(f"--{guest}-python {path}: there is no such file")
+    present = {"hf", "ftlab", *chosen.pythons}
+    for name in chosen.only or ():
+        if CONTESTANTS[name][0] not in present:
+            parser.error(f"--only {name} needs --{CONTESTANTS[name][0]}-python")
+    chosen.names = [n for n in CONTESTANTS if CONTESTANTS[n][0] in present and n in (chosen.only or CONTESTANTS)]
+    if chosen.examples % batch and any(CONTESTANTS[name][0] == "torchtune" for name in chosen.names):
+        parser.error(f"--examples {chosen.examples}: a multiple of {batch}, since torchtune leaves out a smaller batch")
     if chosen.out is not None and not chosen.out.resolve().parent.is_dir():
         parser.error(f"--out {chosen.out}: there is no such folder")
-    return chosen
 
 
 def compare(chosen: argparse.Namespace) -> int:
@@ -530,23 +308,27 @@ def compare(chosen: argparse.Namespace) -> int:
         threads=chosen.threads,
         tiny=chosen.tiny,
     )
-    names = [name for name in CONTESTANTS if name in chosen.only]
+    guests = {guest: guest_packages(guest, python) for guest, python in chosen.pythons.items()}
     started = beginning()
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
         work = Path(folder)
         start_role("prepare", work, settings)
-        runs = measure(work, settings, names, chosen.repeats)
-        facts = json.loads((work / FACTS).read_text("utf-8"))
+        if any(CONTESTANTS[name][0] == "litgpt" for name in chosen.names):
+            start_guest("litgpt", chosen.pythons["litgpt"], work, settings, ["prepare"])
+        runs = measure(work, settings, chosen.names, chosen.pythons, chosen.repeats, chosen.wait_idle)
+        facts = {**json.loads((work / FACTS).read_text("utf-8")), "guest_packages": guests}
     content = record(settings, facts, runs, started)
     machine = facts["machine"]
-    print(f"{machine['name']}, {settings.threads} threads; medians of {chosen.repeats}; {settings.examples} examples")
+    print(
+        f"{machine['name']}, {settings.threads} threads; medians of {chosen.repeats} runs; {settings.examples} examples"
+    )
     print(table(content["summary"]))
     if chosen.out is not None:
         atomic_write(chosen.out, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     difference = content["largest_fp32_loss_difference"]
     if difference is None:
         return 0
-    print(f"without dropout the fp32 training losses of hf and ftlab differ by at most {difference:.1e} in any step")
+    print(f"without dropout the fp32 training losses of the frameworks differ by at most {difference:.1e} in any step")
     return int(difference > TOLERANCE)
 
 

@@ -150,12 +150,20 @@ def source(record: dict[str, Any]) -> str:
 
 def peers_table(record: dict[str, Any]) -> str:
     """A record of scripts/bench_peers.py as Markdown: ratios to the best Hugging Face setting, measured in one run."""
-    lines = ["| | real tokens/s, x the fastest | peak memory, x the lowest | held-out loss |", "|---|---:|---:|---:|"]
-    for name, row in record["summary"].items():
-        cells = f"{row['speed_ratio']:.2f} | {row['memory_ratio']:.2f} | {row['held_out_loss']:.3f}"
-        lines.append(f"| {name} | {cells} |")
     rounds = 1 + max(run["repeat"] for run in record["runs"])
-    where = f"on {machine(record['device'])}; {rounds} round{'s' if rounds > 1 else ''}"
+    spread = " lowest to highest |" if rounds > 1 else ""  # a single run has none
+    lines = [
+        f"| | real tokens/s, x the fastest |{spread} peak memory, x the lowest | held-out loss |",
+        f"|---|---:|{'---:|' if spread else ''}---:|---:|",
+    ]
+    for name, row in record["summary"].items():
+        fastest = row["tokens_per_second"] / row["speed_ratio"]
+        ratios = [run["tokens_per_second"] / fastest for run in record["runs"] if run["contestant"] == name]
+        between = f"{min(ratios):.2f} to {max(ratios):.2f} | " if spread else ""
+        cells = f"{row['speed_ratio']:.2f} | {between}{row['memory_ratio']:.2f} | {row['held_out_loss']:.3f}"
+        lines.append(f"| {name} | {cells} |")
+    guests = "".join(f", {name} {packages[name]}" for name, packages in record.get("guest_packages", {}).items())
+    where = f"on {machine(record['device'])}{guests}; {rounds} round{'s' if rounds > 1 else ''}"
     lines += ["", f"`{record['command']}`, commit {record['commit'][:10]}, {where}."]
     return "\n".join(lines) + "\n"
 
