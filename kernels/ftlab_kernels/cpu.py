@@ -56,17 +56,28 @@ def takes(*tensors: Tensor) -> bool:
     return dtype in SUFFIXES and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
 
 
+def _check(name: str, *tensors: Tensor, fit: bool = True) -> None:
+    """Refuse what the library would misread: it is told addresses and sizes, and sees neither dtypes nor shapes."""
+    if not takes(*tensors):
+        kinds = sorted({f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}" for x in tensors})
+        raise ValueError(f"{name} takes tensors of fp32, or of bf16, on a CPU, not {' and '.join(kinds)}")
+    if not fit:
+        raise ValueError(f"{name}: shapes that do not fit together: {', '.join(str(tuple(x.shape)) for x in tensors)}")
+
+
 # --- norm -------------------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight: [..., D] -> [..., D]."""
+    _check("rms_norm", x, fit=weight.shape == x.shape[-1:])
     y: Tensor = _RMSNorm.apply(x, None, weight, eps)[0]
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(s), s) with s = x + residual, rounded to their dtype: [..., D] each."""
+    _check("add_rms_norm", x, residual, fit=residual.shape == x.shape and weight.shape == x.shape[-1:])
     both: tuple[Tensor, Tensor] = _RMSNorm.apply(x, residual, weight, eps)
     return both
 
@@ -114,8 +125,10 @@ class _RMSNorm(torch.autograd.Function):
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Turn q [B, T, H, E] and k [B, T, K, E] by their positions' angles; cos, sin: fp32 [B or 1, T, 1, E / 2]."""
-    shape = (*q.shape[:2], cos.shape[-1])
-    cos, sin = (x.reshape(cos.shape[0], -1, shape[-1]).expand(shape).contiguous() for x in (cos, sin))
+    B, T, _, E = q.shape
+    fit = k.shape[:2] == (B, T) and k.shape[3] == E and cos.shape == sin.shape and cos.shape[1:] == (T, 1, E / 2)
+    _check("rope", q, k, fit=fit and cos.shape[0] in (1, B))
+    cos, sin = (x.squeeze(2).expand(B, T, E // 2).float().contiguous() for x in (cos, sin))
     return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
 
 
@@ -145,6 +158,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape."""
+    _check("swiglu", gate, up, fit=gate.shape == up.shape)
     y: Tensor = _SwiGLU.apply(gate, up)
     return y
 
@@ -177,6 +191,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, training: bool =
     threshold(p)
     if p == 0 or not training or x.numel() == 0:
         return x
+    _check("dropout", x)
     y: Tensor = _Dropout.apply(x, p, draw_seed(x.device) if seed is None else seed)
     return y
 
@@ -220,8 +235,12 @@ def lora_linears(
     """Each layer's x W^T + bias + scale * drop(x) A^T B^T for layers that read the same x [..., D]; one mask for all.
 
     adapted: objects with weight [N, D], bias [N] or None, lora_A [r, D], lora_B [N, r], scale. Computed in x's dtype,
-    the adapters' gradients in theirs.
+    the adapters' gradients in theirs. Errors: ValueError for another dtype of x, p, or an out_scale (DoRA).
     """
+    _check("lora_linears", x)
+    threshold(p)
+    if any(layer.out_scale is not None for layer in adapted):
+        raise ValueError("lora_linears has no C for an out_scale")
     p = p if training else 0.0
     if p > 0 and seed is None:
         seed = draw_seed(x.device)
@@ -302,8 +321,12 @@ def _input_gradient(
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Grouped causal attention of short rows: q [B, H, T, E], k and v [B, K, S, E], S = P + T; returns [B, H, T, E].
 
-    Query t sees the keys 0 .. P + t. The T x S weights are kept in q's dtype; scores and softmax are fp32.
+    Query t sees the keys 0 .. P + t. The T x S weights are kept in q's dtype; scores and softmax are fp32. The gradient
+    of the scores is rounded to q's dtype, as torch's fused kernel does.
     """
+    (B, H, T, E), (K, S) = q.shape, k.shape[1:3]
+    fit = k.shape == v.shape == (B, K, S, E) and H % K == 0 and S >= T
+    _check("causal_attention", q, k, v, fit=fit)
     out: Tensor = _CausalAttention.apply(q, k, v)
     return out
 
@@ -320,7 +343,7 @@ class _CausalAttention(torch.autograd.Function):
         weights = torch.empty_like(scores, dtype=q.dtype)
         call("causal_softmax", q.dtype, scores, weights, B * H * T, T, S, S - T)
         ctx.save_for_backward(q, k, v, weights)
-        ctx.shape = (B, H, T, E)
+        ctx.shape = (B, H, K, T, S, E)
         return torch.bmm(weights, v).view(B, H, T, E)
 
     @staticmethod
@@ -328,8 +351,7 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, weights = ctx.saved_tensors
-        B, H, T, E = ctx.shape
-        K, S = len(k) // B, k.shape[1]
+        B, H, K, T, S, E = ctx.shape
         dout = dout.reshape(B * K, H // K * T, E)
         dv = torch.bmm(weights.transpose(1, 2), dout)
         dweights = torch.bmm(dout, v.transpose(1, 2))
@@ -343,7 +365,13 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
-    """Each row's cross entropy, fp32 [C]; with `gradient`, logits [C, V] are overwritten by softmax - onehot."""
+    """Each row's cross entropy, fp32 [C]; with `gradient`, logits [C, V] are overwritten by softmax - onehot.
+
+    Labels are int64 in [0, V). Errors: ValueError, also for a label outside.
+    """
+    _check("cross_entropy_", logits, fit=labels.shape == logits.shape[:1] and labels.dtype == torch.int64)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise ValueError(f"labels {int(labels.min())} to {int(labels.max())} are not all in [0, {logits.shape[1]})")
     losses = torch.empty(len(labels), dtype=torch.float32)
     call("cross_entropy", logits.dtype, logits, labels.contiguous(), losses, *logits.shape, int(gradient))
     return losses

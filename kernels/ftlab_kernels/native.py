@@ -9,14 +9,17 @@ that name.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,11 @@ __all__ = ["SUFFIXES", "NativeError", "cache_folder", "call", "library", "why_no
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 SOURCES = ("native.c", "native_ops.h")
+FOLDER = Path(__file__).parent  # where they lie
 FLAGS = ("-O3", "-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 FOR_THIS_CPU = ("-march=native", "-mcpu=native")  # the first that the compiler takes
 _WIDE = "-mprefer-vector-width=512"
+_SEAL_BYTES = hashlib.sha256().digest_size
 
 
 class NativeError(RuntimeError):
@@ -37,12 +42,15 @@ class NativeError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
+    """Where compiled libraries are kept. Errors: NativeError where there is no home."""
     own = os.environ.get("FTLAB_KERNELS_CACHE")
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "ftlab_kernels"
+    try:
+        return (Path(shared) if shared else Path.home() / ".cache") / "ftlab_kernels"
+    except RuntimeError as error:
+        raise NativeError(f"no folder to keep the native kernels in ({error}); set FTLAB_KERNELS_CACHE") from error
 
 
 def why_not_native() -> str | None:
@@ -54,59 +62,89 @@ def why_not_native() -> str | None:
     return None
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The library, compiled if need be. Errors: NativeError."""
+    return _library(FOLDER)
+
+
+@functools.cache
+def _library(folder: Path) -> ctypes.CDLL:
+    """The library of the sources in `folder`."""
     if platform.system() != "Linux":
         raise NativeError(f"the native kernels are built on Linux only, this is {platform.system()}")
-    compiler = find_compiler()
-    source = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
-    identity = "\n".join([_version(compiler), " ".join(FLAGS), _WIDE, _processor()]).encode()
-    path = cache_folder() / f"native-{hashlib.sha256(source + identity).hexdigest()[:20]}.so"
-    if path.exists():
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            pass  # cut short by a full disk, or from another system: made again below
+    compiler, cache = find_compiler(), cache_folder()
+    path = cache / f"native-{_identity(folder, compiler)}.so"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        build(compiler, path)
+        if _is_whole(path):
+            with contextlib.suppress(OSError):  # from another system that shares this folder: made again
+                return ctypes.CDLL(str(path))
+        cache.mkdir(parents=True, exist_ok=True)
+        build(compiler, path, folder)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise NativeError(f"the native kernels cannot be kept in {path.parent}: {error}") from error
+        raise NativeError(f"the native kernels cannot be kept in {cache}: {error}") from error
 
 
-def find_compiler() -> str:
-    """The C compiler's path. Errors: NativeError if there is none."""
-    wanted = os.environ.get("CC")
-    for name in (wanted,) if wanted else ("cc", "gcc", "clang"):
+def find_compiler() -> tuple[str, ...]:
+    """The C compiler's path, and the arguments that $CC gives it. Errors: NativeError if there is none."""
+    wanted = shlex.split(os.environ.get("CC", ""))
+    for name, *arguments in [wanted] if wanted else [["cc"], ["gcc"], ["clang"]]:
         found = shutil.which(name)
         if found:
-            return found
-    raise NativeError(f"no C compiler was found ({wanted or 'cc, gcc, clang'})")
+            return (found, *arguments)
+    raise NativeError(f"no C compiler was found ({wanted[0] if wanted else 'cc, gcc, clang'})")
 
 
-def build(compiler: str, path: Path) -> None:
-    """Compile into `path`, which appears complete or not at all. Errors: NativeError with the compiler's words."""
-    said = ""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder, path.name)
+def build(compiler: Sequence[str], path: Path, folder: Path | None = None) -> None:
+    """Compile the sources in `folder` (this one's) into `path`, which appears complete or not at all.
+
+    Errors: NativeError with the compiler's words; OSError where `path` cannot be written.
+    """
+    source = str((folder or FOLDER) / SOURCES[0])
+    said: list[str] = []
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch, path.name)
         for tune in ((FOR_THIS_CPU[0], _WIDE), (FOR_THIS_CPU[0],), (FOR_THIS_CPU[1],)):
-            source = str(Path(__file__).with_name(SOURCES[0]))
-            command = [compiler, *FLAGS, *tune, "-o", str(made), source, "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = _run([*compiler, *FLAGS, *tune, "-o", str(made), source, "-lm"])
             if done.returncode == 0:
-                with made.open("rb") as written:
-                    os.fsync(written.fileno())
+                _seal(made)
                 made.replace(path)
                 return
-            said = said or done.stderr.strip()
-    raise NativeError(f"{compiler} does not compile the native kernels: {(said.splitlines() or ['no message'])[0]}")
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            said.append(next((line for line in lines if "error" in line), lines[0]))
+    raise NativeError(f"{compiler[0]} does not compile the native kernels: {'; '.join(dict.fromkeys(said))}")
 
 
-def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
+def _seal(path: Path) -> None:
+    """Put the hash of a library behind it, where the loader does not look, and all of it on the disk."""
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    with path.open("ab") as written:
+        written.write(digest)
+        written.flush()
+        os.fsync(written.fileno())
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a sealed library is there as it was made: to load one that was cut short can kill the process."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-_SEAL_BYTES]).digest() == content[-_SEAL_BYTES:]
+
+
+def _identity(folder: Path, compiler: Sequence[str]) -> str:
+    """What the library's bytes depend on, in 20 letters."""
+    source = b"".join((folder / name).read_bytes() for name in SOURCES)
+    words = "\n".join([_run([*compiler, "--version"]).stdout, *compiler, *FLAGS, _WIDE, _processor()])
+    return hashlib.sha256(source + words.encode()).hexdigest()[:20]
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise NativeError(f"{command[0]} cannot be run: {error.strerror or error}") from error
 
 
 def _processor() -> str:
@@ -119,8 +157,8 @@ def _processor() -> str:
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> Any:
-    function = getattr(library(), f"{name}_{SUFFIXES[dtype]}")
+def _function(found: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
+    function = getattr(found, f"{name}_{SUFFIXES[dtype]}")
     function.restype = None
     return function
 
@@ -130,7 +168,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None)
 
     Errors: ValueError for a tensor that is not contiguous or not on the CPU: the library would read other memory.
     """
-    _function(name, dtype)(*map(_converted, arguments))
+    _function(library(), name, dtype)(*map(_converted, arguments))
 
 
 def _converted(argument: Tensor | int | float | None) -> Any:

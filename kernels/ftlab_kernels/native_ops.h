@@ -48,18 +48,27 @@ void FN(rms_norm_backward)(const T *dy, const T *dsum, const T *s, const float *
     }
 }
 
-// dw = sum over rows of dy s rstd: each thread owns a range of columns, so the order of the sum is fixed.
+// dw = sum over rows of dy s rstd: each thread owns a range of columns, so the order of the sum is fixed. Rows are summed
+// in blocks and then the blocks, so that the error does not grow with M as that of one long sum does.
 void FN(rms_norm_weight)(const T *dy, const T *s, const float *rstd, float *dw, int64_t M, int64_t D) {
-    const int64_t width = 64;
+    enum { COLUMNS = 64, BLOCK = 32 };
 #pragma omp parallel for schedule(static)
-    for (int64_t start = 0; start < D; start += width) {
-        const int64_t end = start + width < D ? start + width : D;
-        for (int64_t d = start; d < end; d++) dw[d] = 0;
-        for (int64_t m = 0; m < M; m++) {
-            const float scale = rstd[m];
+    for (int64_t start = 0; start < D; start += COLUMNS) {
+        const int64_t width = start + COLUMNS < D ? COLUMNS : D - start;
+        float total[COLUMNS] = {0};
+        for (int64_t first = 0; first < M; first += BLOCK) {
+            const int64_t end = first + BLOCK < M ? first + BLOCK : M;
+            float part[COLUMNS] = {0};
+            for (int64_t m = first; m < end; m++) {
+                const int64_t at = m * D + start;
+                const float scale = rstd[m];
 #pragma omp simd
-            for (int64_t d = start; d < end; d++) dw[d] += LOAD(dy + m * D + d) * LOAD(s + m * D + d) * scale;
+                for (int64_t d = 0; d < width; d++) part[d] += LOAD(dy + at + d) * LOAD(s + at + d) * scale;
+            }
+#pragma omp simd
+            for (int64_t d = 0; d < width; d++) total[d] += part[d];
         }
+        memcpy(dw + start, total, (size_t)width * sizeof(float));
     }
 }
 
@@ -154,25 +163,25 @@ void FN(masked_add)(const T *x, T *y, const uint8_t *bits, float scale, int64_t 
 }
 
 // Softmax of fp32 scores [rows, S] where row t of every T_rows sees its first offset + t + 1 columns; zeros behind them.
-void FN(causal_softmax)(const float *scores, T *weights, int64_t rows, int64_t T_rows, int64_t S, int64_t offset) {
+// The scores are overwritten.
+void FN(causal_softmax)(float *scores, T *weights, int64_t rows, int64_t T_rows, int64_t S, int64_t offset) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        const float *in = scores + row * S;
+        float *in = scores + row * S;
         T *out = weights + row * S;
         const int64_t seen = offset + row % T_rows + 1;
         float largest = -INFINITY;
 #pragma omp simd reduction(max : largest)
         for (int64_t j = 0; j < seen; j++) largest = in[j] > largest ? in[j] : largest;
         float total = 0;
-        float exponential[seen];
 #pragma omp simd reduction(+ : total)
         for (int64_t j = 0; j < seen; j++) {
-            exponential[j] = exp_(in[j] - largest);
-            total += exponential[j];
+            in[j] = exp_(in[j] - largest);
+            total += in[j];
         }
         const float scale = 1.0f / total;
 #pragma omp simd
-        for (int64_t j = 0; j < seen; j++) STORE(out + j, exponential[j] * scale);
+        for (int64_t j = 0; j < seen; j++) STORE(out + j, in[j] * scale);
         memset(out + seen, 0, (size_t)(S - seen) * sizeof(T));
     }
 }

@@ -26,8 +26,8 @@ GUARD = 64  # elements on each side of a guarded tensor
 
 
 def device() -> torch.device:
-    """Where kernels run: the GPU, or the CPU under the interpreter."""
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    """Where kernels run: the GPU; the CPU under the interpreter and where there is no GPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
 
 def name_of(dtype: torch.dtype) -> str:
