@@ -7,6 +7,7 @@ no matter for the interpreter.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -401,31 +402,37 @@ def test_what_was_chosen_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- varlen_attn, of which a CPU has only the signature ---------------------------------------------------------------
 
 
-def emulated(q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor:
-    """What varlen_attn does with these arguments, by its documentation."""
-    bounds = call["cu_seq_q"]
-    assert call["cu_seq_k"] is bounds
-    assert bounds.dtype == torch.int32
-    lengths = tuple(bounds.diff().tolist())
-    assert call["max_q"] == call["max_k"] == max(lengths)
-    assert call["window_size"] == (-1, 0), "causal"
-    return kernel.reference(q, k, v, lengths, scale=call["scale"])
+POSITIONAL = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+OPTIONS = {"return_aux": None, "scale": None, "window_size": (-1, -1)}
 
 
-def newer(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-          return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
-          enable_gqa: bool = False) -> Tensor:  # fmt: skip
-    """torch 2.12 and later."""
-    assert enable_gqa == (q.shape[1] != k.shape[1])
-    return emulated(q, k, v, {**locals()})
+def stand_in(options: dict[str, Any]) -> Callable[..., Tensor]:
+    """A varlen_attn with the signature of a torch version, which does what the documentation says."""
+    kind = inspect.Parameter
+    parameters = [kind(name, kind.POSITIONAL_OR_KEYWORD) for name in POSITIONAL]
+    parameters += [kind(name, kind.KEYWORD_ONLY, default=default) for name, default in options.items()]
+    signature = inspect.Signature(parameters)
+
+    def varlen_attn(*positional: Any, **named: Any) -> Tensor:
+        bound = signature.bind(*positional, **named)
+        bound.apply_defaults()
+        call = bound.arguments
+        bounds = call["cu_seq_q"]
+        assert call["cu_seq_k"] is bounds
+        assert bounds.dtype == torch.int32
+        lengths = tuple(bounds.diff().tolist())
+        assert call["max_q"] == call["max_k"] == max(lengths)
+        assert call["window_size"] == (-1, 0), "causal"
+        q, k, v = (call[name] for name in POSITIONAL[:3])
+        assert call.get("enable_gqa", False) == (q.shape[1] != k.shape[1])
+        return kernel.reference(q, k, v, lengths, scale=call["scale"])
+
+    varlen_attn.__signature__ = signature  # type: ignore[attr-defined]
+    return varlen_attn
 
 
-def older(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-          return_aux: Any = None, scale: float | None = None,
-          window_size: tuple[int, int] = (-1, -1)) -> Tensor:  # fmt: skip
-    """torch 2.11."""
-    assert q.shape[1] == k.shape[1]
-    return emulated(q, k, v, {**locals()})
+older = stand_in(OPTIONS)  # torch 2.11
+newer = stand_in({**OPTIONS, "enable_gqa": False, "seqused_k": None})  # torch 2.12 and later
 
 
 @pytest.mark.parametrize("function", [newer, older])
@@ -439,8 +446,6 @@ def test_how_varlen_is_called(function: Callable[..., Tensor], groups: int) -> N
 
 def test_torchs_varlen_attn_is_found() -> None:
     """pyproject.toml allows torch 2.11 to 2.14, all of which have it."""
-    import inspect
-
     function = kernel._varlen_function()
     assert function is not None
     names = list(inspect.signature(function).parameters)
