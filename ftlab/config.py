@@ -295,6 +295,7 @@ class TrackingConfig:
     project: str = option("ftlab", "Weights & Biases project")
     entity: str | None = option(None, "Weights & Biases team or user; null: its default")
     tags: list[str] = option(list, "Weights & Biases tags")
+    profile: bool = option(False, "profile a few steps: a trace and the heaviest operators in the run folder")
     log_every_steps: int = option(10, "optimizer steps between two lines of training metrics", low=1)
 
 

@@ -29,6 +29,7 @@ from ftlab.training.loop import Fit, Limits, fit, validation_steps
 from ftlab.training.parallel import Ranks, Replica, start_ranks
 from ftlab.training.precision import Precision
 from ftlab.training.preflight import preflight, static_memory
+from ftlab.training.profiling import StepProfiler
 from ftlab.training.progress import Progress
 from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, reset_peaks
 from ftlab.training.signals import Interrupted, StopSignal
@@ -181,6 +182,8 @@ class _Session:
             enabled=self.ranks.is_main,
         )
         self._fit(self._loop(replica, loader, schedule, steps, built), state, built, measurer, data)
+        if not self.config.training.preflight:
+            self._tell_kernels(built)
         self._finish(state, built, measurer, data)
 
     def _read_data(self) -> tuple[Tokenizer, build.DataSet, RowLoader]:
@@ -276,6 +279,7 @@ class _Session:
                 "rows_in_epoch": len(loader.rows(0)),
             },
             parameters=rows,
+            kernels={"chosen": built.kernels},
             memory=static_memory(built.model.parameters()),
         )
         trainable = sum(row["count"] for row in rows if row["trainable"])
@@ -352,7 +356,7 @@ class _Session:
             self.tell(f"no gradient reached {len(measured.silent)} module(s), the first is {measured.silent[0]}")
 
     def _tell_kernels(self, built: build.Built) -> None:
-        """What computed each operation in the trial run; what was left to torch, and why, is told."""
+        """What computed each operation so far; what was left to torch, and why, is told."""
         paths = describe(built.model.operators)
         log = built.model.operators.log
         compared = [] if log is None else log.lines()
@@ -413,7 +417,7 @@ class _Session:
         timings = self.record.content.setdefault("timings", {})
         begin, tokens, validating = time.monotonic(), counters.tokens, timings.get("validation", 0.0)
         self.progress.begin(run.limits.total_steps, counters.step)
-        with self.phase("training"), self.stop.deferred():
+        with self.phase("training"), self.stop.deferred(), self._profiled(run, counters.step):
             fit(state, run)
         counters = state.counters
         seconds = time.monotonic() - begin - (self.record.content["timings"].get("validation", 0.0) - validating)
@@ -422,6 +426,22 @@ class _Session:
         self.record.update(steps=counters.step, skipped_steps=counters.skipped, data_digest=counters.data_digest)
         if counters.tokens > tokens:
             self.record.update(throughput={"tokens_per_second": round((counters.tokens - tokens) / seconds, 1)})
+
+    @contextlib.contextmanager
+    def _profiled(self, run: Fit, start: int) -> Iterator[None]:
+        """Watch some of the steps that are left, if that was asked for; the main rank does."""
+        steps = run.limits.total_steps - start
+        if not self.config.tracking.profile or not self.ranks.is_main or steps < 1:
+            yield
+            return
+        profiler = StepProfiler(self.run_dir / "profile", self.ranks.device, steps)
+        run.on_step = profiler.on_step
+        with profiler:
+            yield
+        self.record.update(profile=profiler.as_dicts())
+        self.progress.message(f"profile: {self.run_dir}/profile/trace.json.gz, and what took most time of its own:")
+        for row in profiler.rows[:5]:
+            self.progress.message(f"  {100 * row.share:5.1f} %  {row.operator}")
 
     def _finish(self, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
         config, counters = self.config, state.counters

@@ -163,6 +163,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int) -> list[str]:
             dropout_p=config.dropout,
             generator=generator,
         )
+        leaf.operators = getattr(model, "operators", TORCH)
         _replace(model, name, leaf)
     return names
 

@@ -44,7 +44,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout_p = dropout_p
-        self.operators = getattr(base, "operators", TORCH)
+        self.operators = TORCH
         self.enabled = True
         self._base_weight: Tensor | None = None  # a copy of the untouched weight while merged
         self.train(base.training)

@@ -86,6 +86,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "parameters": _parameter_rows(record),
         "parameters_note": _parameters_note(record),
         "timings": _timings(record),
+        "profile": _profile(record),
         "memory": [(MEMORY.get(key, key), memory_size(size)) for key, size in _part(record, "memory").items() if size],
         "data": _data_card(record),
         "command": record.get("command"),
@@ -398,6 +399,19 @@ def _timings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if speed := _part(record, "throughput").get("tokens_per_second"):
         rows.append(("training speed", f"{speed:,.0f} tokens/s, padding not counted"))
     return rows
+
+
+def _profile(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The heaviest operators of a profiled run."""
+    return [
+        {
+            "operator": str(row["operator"]),
+            "ms": f"{row['milliseconds']:.2f}",
+            "share": f"{100 * row['share']:.1f} %",
+            "calls": str(row["calls"]),
+        }
+        for row in record.get("profile") or []
+    ]
 
 
 def _data_card(record: Mapping[str, Any]) -> list[tuple[str, str]]:
