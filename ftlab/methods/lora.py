@@ -20,6 +20,7 @@ from ftlab.errors import ConfigError, FtlabError
 from ftlab.files import atomic_directory
 from ftlab.methods.lora_linear import LoRALinear
 from ftlab.methods.trainable import Rule, TrainableTable
+from ftlab.operators import TORCH
 
 __all__ = ["LoRA", "apply_lora", "lora_leaves"]
 
