@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from ftlab_kernels import lora
 from ftlab_kernels.adapted import Adapted
 from ftlab_kernels.check import CheckLog, checked
@@ -15,7 +17,7 @@ from ftlab.operators import torch_path
 from ftlab.operators.base import Operators
 from ftlab.operators.linear_cross_entropy import reference_cross_entropy
 
-__all__ = ["checked_operators"]
+__all__ = ["checked_operators", "rounded_attention"]
 
 
 def checked_operators(operators: Operators) -> Operators:
@@ -41,8 +43,23 @@ def checked_operators(operators: Operators) -> Operators:
         add_rms_norm=beside("add_rms_norm", torch_path.add_rms_norm),
         rope=beside("rope", torch_path.rope),
         swiglu=beside("swiglu", torch_path.swiglu),
-        causal_attention=beside("causal_attention", torch_path.causal_attention),
+        causal_attention=beside("causal_attention", rounded_attention),
         lora_linears=beside("lora_linears", lora_linears),
         linear_cross_entropy=beside("linear_cross_entropy", cross_entropy),
         log=log,
     )
+
+
+def rounded_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
+    """`torch_path.causal_attention`; in half precision with the gradients of torch's own fused kernel.
+
+    That one rounds the gradients of the scores to q's dtype, as the compiled C does; the reference keeps them in fp32.
+    """
+    plain = torch_path.causal_attention(q_BHTE, k_BKSE, v_BKSE)
+    if q_BHTE.dtype not in (torch.bfloat16, torch.float16):
+        return plain
+    (T, S), groups = (q_BHTE.shape[2], k_BKSE.shape[2]), q_BHTE.shape[1] // k_BKSE.shape[1]
+    seen_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril(S - T)
+    k_BHSE, v_BHSE = (x.repeat_interleave(groups, 1) for x in (k_BKSE, v_BKSE))
+    fused = F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, attn_mask=seen_TS)
+    return fused + (plain - fused).detach()
