@@ -29,7 +29,7 @@ from ftlab.training.loop import Fit, Limits, fit, validation_steps
 from ftlab.training.parallel import Ranks, Replica, start_ranks
 from ftlab.training.precision import Precision
 from ftlab.training.preflight import preflight, static_memory
-from ftlab.training.profiling import StepProfiler
+from ftlab.training.profiling import StepProfiler, window
 from ftlab.training.progress import Progress
 from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, reset_peaks
 from ftlab.training.signals import Interrupted, StopSignal
@@ -434,14 +434,20 @@ class _Session:
         if not self.config.tracking.profile or not self.ranks.is_main or steps < 1:
             yield
             return
-        profiler = StepProfiler(self.run_dir / "profile", self.ranks.device, steps)
+        validated = {step - start for step in run.limits.validate_at} if run.validate is not None else ()
+        profiler = StepProfiler(self.run_dir / "profile", self.ranks.device, window(steps, validated))
         run.on_step = profiler.on_step
-        with profiler:
-            yield
-        self.record.update(profile=profiler.as_dicts())
-        self.progress.message(f"profile: {self.run_dir}/profile/trace.json.gz, and what took most time of its own:")
-        for row in profiler.rows[:5]:
-            self.progress.message(f"  {100 * row.share:5.1f} %  {row.operator}")
+        try:
+            with profiler:
+                yield
+        finally:  # an interrupted run keeps what was seen
+            if profiler.rows:
+                self.record.try_update(profile=profiler.as_dicts())
+                self.progress.message(f"profile in {self.run_dir}/profile; what took most time of its own:")
+            for row in profiler.rows[:5]:
+                self.progress.message(f"  {row}")
+            if profiler.problem:
+                self.tell(f"the profile could not be written: {profiler.problem}")
 
     def _finish(self, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
         config, counters = self.config, state.counters

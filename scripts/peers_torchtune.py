@@ -1,9 +1,10 @@
 """torchtune's LoRA recipe over the examples of scripts/bench_peers.py, run by the interpreter of --torchtune-python.
 
-`tune run lora_finetune_single_device` trains: its model builder, LoRA layers, chunked loss, loop and checkpoints, with
-device=cpu. By its configuration it gets from this file what it has no component for: the prepared token ids, the first
-adapter weights (its builder draws its own), and a logger that notes when each step ends. In bf16 the recipe keeps the
-adapter and AdamW's averages in bf16 too; it has no other bf16. torch.compile is off, as in its own configurations.
+`tune run lora_finetune_single_device` trains: its model builder, LoRA layers, loss (in one chunk), loop and
+checkpoints, with device=cpu. By its configuration it gets from this file what it has no component for: the prepared
+token ids, the first adapter weights (its builder draws its own), and a logger that notes when each step ends. In bf16
+the recipe keeps the adapter and AdamW's averages in bf16 too; it has no other bf16. torch.compile is off, as in its own
+configurations.
 """
 
 from __future__ import annotations
@@ -140,7 +141,9 @@ def configuration(settings: Settings, precision: str, work: Path, run: Path, pad
         "tokenizer": {"_component_": "peers_torchtune.Padding", "pad_id": pad_id},
         "dataset": {"_component_": "peers_torchtune.examples", "folder": str(work)},
         "collate_fn": "peers_torchtune.collate",
-        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
+        # Of its 8 chunks each is a part of every row, for which torch copies the head's weights once for each row: on a
+        # CPU that took most of the time.
+        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss", "num_output_chunks": 1},
         "optimizer": {"_component_": "torch.optim.AdamW", "lr": settings.lr, "weight_decay": 0.0, "fused": True},
         "lr_scheduler": {  # no warmup and no part of a wave: constant
             "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",

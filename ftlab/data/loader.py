@@ -64,6 +64,7 @@ def collate_rows(
     row_length: int | None = None,
     multiple: int = 1,
     share_prefix: bool = False,
+    most_shared: int | None = None,
 ) -> Batch:
     """Lay rows out: as [B, row_length] with a padding document in each short row, or end to end as [1, N].
 
@@ -71,7 +72,7 @@ def collate_rows(
     shape (on a CPU compiled, which takes longer than the product and is kept in memory), so few shapes are better.
 
     share_prefix: the tokens that all examples begin with, and that none learns, stand once at the front of [1, N]; what
-    follows them in each example is a document that goes on from there.
+    follows them in each example is a document that goes on from there. most_shared: at most so many of them.
     """
     if not rows or not all(rows):
         raise ValueError("a batch needs at least one row, and a row at least one example")
@@ -80,6 +81,8 @@ def collate_rows(
     lengths: list[int] = []
     examples = [example for row in rows for example in row]
     prefix = common_prefix(examples) if share_prefix and row_length is None else 0
+    if most_shared is not None:
+        prefix = min(prefix, most_shared)
     if prefix:
         ids += examples[0].token_ids[:prefix]
         labels += [IGNORE] * prefix
@@ -196,16 +199,18 @@ class RowLoader:
         start = index * self.config.batch_size
         return self.rows(epoch)[start : start + self.config.batch_size]
 
-    def collate(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def collate(self, rows: Sequence[Sequence[int]], most_shared: int | None = None) -> Batch:
         """A micro-batch of rows: [len(rows), row_length] with pad_rows, else [1, N] (see `collate_rows`)."""
         chosen = [[self.examples[index] for index in row] for row in rows]
-        row_length = self.config.row_length if self.config.pad_rows else None
-        return collate_rows(chosen, self.pad_id, row_length, self.config.pad_to_multiple, self.config.share_prefix)
+        config = self.config
+        row_length = config.row_length if config.pad_rows else None
+        return collate_rows(chosen, self.pad_id, row_length, config.pad_to_multiple, config.share_prefix, most_shared)
 
     def largest_batch(self) -> Batch:
         """A micro-batch as large as any can be: the fullest rows, of the longest examples.
 
-        Without packing it is exact. With packing the longest examples are packed first, which fills rows best.
+        Without packing it is exact. With packing the longest examples are packed first, which fills rows best. Of a
+        prefix only what all examples begin with is shared: that much is in any micro-batch, these may have more.
         """
         by_length = sorted(range(len(self.lengths)), key=lambda index: (-self.lengths[index], index))
         if self.config.packing:
@@ -213,7 +218,8 @@ class RowLoader:
         else:
             rows = [[index] for index in by_length]
         rows.sort(key=lambda row: -sum(self.lengths[index] for index in row))  # stable
-        return self.collate(rows[: min(self.config.micro_batch_size, self.config.batch_size)])
+        most_shared = common_prefix(self.examples) if self.config.share_prefix else None
+        return self.collate(rows[: min(self.config.micro_batch_size, self.config.batch_size)], most_shared)
 
 
 def split_rows(rows: Sequence[list[int]], rank: int, world: int, micro: int) -> list[list[list[int]]]:

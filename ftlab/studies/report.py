@@ -87,6 +87,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "parameters_note": _parameters_note(record),
         "timings": _timings(record),
         "profile": _profile(record),
+        "profile_heads": _profile_heads(record),
         "memory": [(MEMORY.get(key, key), memory_size(size)) for key, size in _part(record, "memory").items() if size],
         "data": _data_card(record),
         "command": record.get("command"),
@@ -401,17 +402,27 @@ def _timings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _profile(record: Mapping[str, Any]) -> list[dict[str, str]]:
+def _profile_heads(record: Mapping[str, Any]) -> list[str]:
+    """What the columns of `_profile` after the operator are."""
+    return ["ms", *(["GPU ms"] if _on_gpu(record) else []), "share", "calls"]
+
+
+def _profile(record: Mapping[str, Any]) -> list[list[str]]:
     """The heaviest operators of a profiled run."""
     return [
-        {
-            "operator": str(row["operator"]),
-            "ms": f"{row['milliseconds']:.2f}",
-            "share": f"{100 * row['share']:.1f} %",
-            "calls": str(row["calls"]),
-        }
-        for row in record.get("profile") or []
+        [
+            str(row["operator"]),
+            f"{row['milliseconds']:.2f}",
+            *([f"{row['device_milliseconds'] or 0:.2f}"] if _on_gpu(record) else []),
+            f"{100 * row['share']:.1f} %",
+            f"{row['calls']:,}",
+        ]
+        for row in record.get("profile") or ()
     ]
+
+
+def _on_gpu(record: Mapping[str, Any]) -> bool:
+    return any(row.get("device_milliseconds") is not None for row in record.get("profile") or ())
 
 
 def _data_card(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ def run(section: Section) -> None:
     large = Large(section)
     section.item("fp32", lambda: large.plain(), needs=5)
     section.item("fp32, clip", lambda: large.clipped(), needs=5)
-    section.item("448 LoRA tensors", lambda: small(section), needs=4)
+    section.item("448 LoRA tensors", lambda: small(section), needs=6)
     section.item("fp32, L2-SP, clip", lambda: large.pulled(), needs=5)
     section.item("bf16, stochastic", lambda: large.stochastic(), needs=4)
     section.item("bf16, split", lambda: large.split(), needs=5)

@@ -14,6 +14,7 @@ from ftlab_kernels.random import keep_scale, mask_bytes, unpack_mask
 from torch import Tensor
 
 from ftlab.operators import torch_path
+from ftlab.operators.checked_path import rounded_attention
 from tests.kernels import harness
 from tests.kernels.harness import random
 
@@ -174,18 +175,6 @@ def lora_case(
     )
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The reference; in bf16 with the gradients of torch's own kernel, which rounds those of the scores as C does."""
-    plain = torch_path.causal_attention(q, k, v)
-    if q.dtype != torch.bfloat16:
-        return plain
-    (T, S), groups = (q.shape[2], k.shape[2]), q.shape[1] // k.shape[1]
-    seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return fused + (plain - fused).detach()
-
-
 def attention_case(
     dtype: torch.dtype = torch.float32,
     shape: tuple[int, int, int, int, int, int] = (2, 4, 2, 9, 5, 10),
@@ -199,7 +188,7 @@ def attention_case(
         "v": layout(random(B, K, P + T, E, dtype=dtype, seed=2)),
     }
     ups = [random(B, H, T, E, dtype=dtype, seed=3)]
-    return Case(cpu.causal_attention, torch_attention, inputs, ups, ["q", "k", "v"])
+    return Case(cpu.causal_attention, lambda q, k, v: rounded_attention(q, k, v), inputs, ups, ["q", "k", "v"])
 
 
 def cross_entropy_case(
