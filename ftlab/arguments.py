@@ -41,6 +41,7 @@ def parse(cls: type[T], argv: list[str], usage: str) -> tuple[T, list[str]]:
     Raises:
         ConfigError: an unknown key (the nearest one is named), a wrong type, or a missing value.
     """
+    # Every caller hands in a dataclass, which the type variable cannot say.
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     if {"-h", "--help"} & set(argv):

@@ -88,6 +88,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         unknown = next((word for word in argv if word.startswith("-") and word.split("=")[0] not in flags), "")
         raise ConfigError(f"{message}{suggestion(unknown, flags)}" if unknown else message)
 
+    # argparse offers no other way to raise: its own error() prints a usage text and exits.
     parser.error = refuse  # type: ignore[method-assign]
     arguments = parser.parse_intermixed_args(argv)
     if arguments.run and arguments.multirun:
@@ -231,6 +232,7 @@ class SweepJob(Job):
         self.folder = folder
         self.total = total
 
+    # The base class returns nothing; a sweeper reads a number.
     def __call__(self, composed: DictConfig) -> float:  # type: ignore[override]
         hydra = HydraConfig.get()
         number = int(hydra.job.num)

@@ -152,7 +152,7 @@ def _chrf(sums: Floats) -> Floats:
 
 def _rouge(metric: str, predictions: Sequence[str], references: Sequence[str]) -> Statistics:
     """Per-example F-measures. rouge_score keeps only ASCII letters and digits; an answer without any scores 0."""
-    from rouge_score import rouge_scorer  # type: ignore[import-untyped]
+    from rouge_score import rouge_scorer  # type: ignore[import-untyped]  # the package ships no types
 
     scorer = rouge_scorer.RougeScorer([metric], use_stemmer=True)
     scores = [scorer.score(r, p)[metric].fmeasure for p, r in zip(predictions, references, strict=True)]
