@@ -63,26 +63,24 @@ def collate_rows(
     pad_id: int,
     row_length: int | None = None,
     multiple: int = 1,
-    share_prefix: bool = False,
-    most_shared: int | None = None,
+    prefix: int = 0,
 ) -> Batch:
     """Lay rows out: as [B, row_length] with a padding document in each short row, or end to end as [1, N].
 
     N is filled up to a multiple of `multiple` by one padding document at the end. Matrix kernels are prepared per
     shape (on a CPU compiled, which takes longer than the product and is kept in memory), so few shapes are better.
 
-    share_prefix: the tokens that all examples begin with, and that none learns, stand once at the front of [1, N]; what
-    follows them in each example is a document that goes on from there. most_shared: at most so many of them.
+    prefix: so many tokens that all examples begin with, and that none learns (`common_prefix`), stand once at the front
+    of [1, N]; what follows them in each example is a document that goes on from there.
     """
     if not rows or not all(rows):
         raise ValueError("a batch needs at least one row, and a row at least one example")
+    if prefix and row_length is not None:
+        raise ValueError("rows of a fixed length have no place for a shared prefix")
     ids: list[int] = []
     labels: list[int] = []
     lengths: list[int] = []
     examples = [example for row in rows for example in row]
-    prefix = common_prefix(examples) if share_prefix and row_length is None else 0
-    if most_shared is not None:
-        prefix = min(prefix, most_shared)
     if prefix:
         ids += examples[0].token_ids[:prefix]
         labels += [IGNORE] * prefix
@@ -200,11 +198,17 @@ class RowLoader:
         return self.rows(epoch)[start : start + self.config.batch_size]
 
     def collate(self, rows: Sequence[Sequence[int]], most_shared: int | None = None) -> Batch:
-        """A micro-batch of rows: [len(rows), row_length] with pad_rows, else [1, N] (see `collate_rows`)."""
+        """A micro-batch of rows: [len(rows), row_length] with pad_rows, else [1, N] (see `collate_rows`).
+
+        most_shared: the longest prefix that may be shared; as long as these rows' own if None.
+        """
         chosen = [[self.examples[index] for index in row] for row in rows]
         config = self.config
-        row_length = config.row_length if config.pad_rows else None
-        return collate_rows(chosen, self.pad_id, row_length, config.pad_to_multiple, config.share_prefix, most_shared)
+        if config.pad_rows:
+            return collate_rows(chosen, self.pad_id, config.row_length)
+        prefix = common_prefix([example for row in chosen for example in row]) if config.share_prefix else 0
+        prefix = prefix if most_shared is None else min(prefix, most_shared)
+        return collate_rows(chosen, self.pad_id, None, config.pad_to_multiple, prefix)
 
     def largest_batch(self) -> Batch:
         """A micro-batch as large as any can be: the fullest rows, of the longest examples.

@@ -25,6 +25,7 @@ __all__ = ["METRICS", "Difference", "Score", "Scored", "paired_difference", "sco
 class Scored(Protocol):
     """What a metric needs of a prediction: its record's id, the expected text and the model's."""
 
+    # The class says what each is.
     @property
     def id(self) -> str: ...  # noqa: D102
     @property

@@ -166,6 +166,7 @@ def _adapter_leaves(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _squared_distance(parameter: Tensor, anchor: Tensor) -> Tensor:
+    # torch gives Function.apply no types
     value: Tensor = _SquaredDistance.apply(parameter, anchor)  # type: ignore[no-untyped-call]
     return value
 

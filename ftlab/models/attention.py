@@ -255,7 +255,7 @@ def _document_attention(
         q, k, v = (x.view(bucket.count, bucket.longest, *x.shape[1:]) for x in flat)
         return sdpa(q, k, v, causal=True, operators=operators).reshape(q_BTHD.shape)
     layout = documents.layout
-    q_P, k_P, v_P = (
+    q_P, k_P, v_P = (  # torch gives Function.apply no types
         PadDocuments.apply(x, layout.gather, layout.inverse)  # type: ignore[no-untyped-call]
         for x in flat
     )

@@ -409,11 +409,12 @@ def _profile_heads(record: Mapping[str, Any]) -> list[str]:
 
 def _profile(record: Mapping[str, Any]) -> list[list[str]]:
     """The heaviest operators of a profiled run."""
+    on_gpu = _on_gpu(record)
     return [
         [
             str(row["operator"]),
             f"{row['milliseconds']:.2f}",
-            *([f"{row['device_milliseconds'] or 0:.2f}"] if _on_gpu(record) else []),
+            *([f"{row['device_milliseconds'] or 0:.2f}"] if on_gpu else []),
             f"{100 * row['share']:.1f} %",
             f"{row['calls']:,}",
         ]

@@ -37,7 +37,9 @@ def examples(count: int = 4) -> list[Example]:
 
 
 def batch(share: bool, count: int = 4) -> Batch:
-    return collate_rows([[example] for example in examples(count)], 1, multiple=8, share_prefix=share)
+    rows = [[example] for example in examples(count)]
+    prefix = common_prefix(examples(count)) if share else 0
+    return collate_rows(rows, 1, multiple=8, prefix=prefix)
 
 
 def adapted(dropout: float = 0.0) -> LlamaForCausalLM:
@@ -148,7 +150,7 @@ def test_every_example_can_be_read_back(prefix: int, tails: list[list[int]], lea
         Example(str(number), [*range(10, 10 + prefix), *tail], [at >= learnt for at in range(prefix + len(tail))])
         for number, tail in enumerate(tails)
     ]
-    made = collate_rows([[example] for example in known], 1, multiple=multiple, share_prefix=True)
+    made = collate_rows([[example] for example in known], 1, multiple=multiple, prefix=common_prefix(known))
     lengths = list(made.documents.lengths)
     parts = [torch.split(x.flatten(), lengths) for x in (made.input_ids, made.position_ids, made.labels)]
     front = parts[0][0].tolist() if made.documents.shared_prefix else []
