@@ -13,18 +13,25 @@ from typing import Any
 
 __all__ = [
     "AdamWConfig",
+    "BitFitConfig",
     "CheckpointConfig",
     "Config",
     "ConstantConfig",
     "CosineConfig",
     "DataConfig",
+    "EWCConfig",
     "EvaluationConfig",
     "FilesDataConfig",
+    "FreezeConfig",
     "FullConfig",
+    "GradualUnfreezeConfig",
     "HPODataConfig",
     "InverseSqrtConfig",
+    "L1SPConfig",
+    "L2Config",
     "L2SPConfig",
     "LinearConfig",
+    "LinearProbeConfig",
     "LoRAConfig",
     "MethodConfig",
     "ModelConfig",
@@ -153,6 +160,12 @@ class MethodConfig:
     """What trains."""
 
     name: str = option("method", "label used in reports and run names")
+    layer_decay: float = option(
+        1.0, "block i of L learns at lr * layer_decay ** (L - 1 - i), an embedding at ** L", above=0, high=1
+    )
+    rates: list[str] = option(
+        list, "your own rates, PATTERN:FACTOR of the learning rate; the first that matches decides, 0 freezes"
+    )
 
 
 @dataclass
@@ -163,12 +176,51 @@ class FullConfig(MethodConfig):
 
 
 @dataclass
+class FreezeConfig(MethodConfig):
+    """The upper blocks train, the lower ones keep their pretrained weights."""
+
+    frozen_fraction: float = option(2 / 3, "share of the blocks, from the lowest, that stay frozen", low=0, high=1)
+    layers: str | None = option(None, "blocks that train, such as 20-29 or 0,5,28-; null: those above the frozen ones")
+    train_embeddings: bool = option(False, "whether the token embedding (and a tied head) trains")
+    train_head: bool = option(True, "whether the last norm and a head of its own train")
+    norms: str = option(
+        "trained", "norms that train: of trained blocks, all, or none", choices=("trained", "all", "none")
+    )
+
+
+@dataclass
+class LinearProbeConfig(MethodConfig):
+    """The head alone trains, on features that stay as they are."""
+
+
+@dataclass
+class BitFitConfig(MethodConfig):
+    """The biases alone train (arXiv 2106.10199)."""
+
+    train_norms: bool = option(False, "whether the weights of the norms train too")
+
+
+@dataclass
+class GradualUnfreezeConfig(MethodConfig):
+    """The uppermost blocks train first and lower ones join from the top down (arXiv 1801.06146)."""
+
+    first_blocks: int = option(
+        1, "blocks that train from the start, besides the last norm and a head of its own", low=0
+    )
+    blocks: int = option(1, "blocks that join at a time", low=1)
+    trigger: str = option("epoch", "what makes more of them join", choices=("step", "epoch", "stall"))
+    every: int = option(1, "steps, epochs, or validations in a row without a better one, until more join", low=1)
+    train_embeddings: bool = option(False, "whether the token embedding (and a tied head) joins last")
+
+
+@dataclass
 class LoRAConfig(MethodConfig):
     """Low-rank adapters on linear layers (arXiv 2106.09685)."""
 
     rank: int = option(16, "rank r of the update B A", low=1, high=1024)
     alpha: float = option(32.0, "the update is scaled by alpha / r, or alpha / sqrt(r) with rslora", above=0)
     rslora: bool = option(False, "scale by alpha / sqrt(r) (arXiv 2312.03732)")
+    b_rate: float = option(1.0, "B learns at this many times the rate of A: LoRA+ (arXiv 2402.12354)", above=0)
     dropout: float = option(0.0, "dropout on the adapter's input", low=0, below=1)
     targets: list[str] = option(
         lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -187,10 +239,37 @@ class L2SPConfig:
 
 
 @dataclass
+class L1SPConfig:
+    """strength * ||theta - theta0||_1, which leaves most weights exactly pretrained (arXiv 1802.01483)."""
+
+    strength: float = option(0.0, "lambda; 0 is bitwise the run without it", low=0)
+
+
+@dataclass
+class L2Config:
+    """strength * ||theta||^2 over what trains, as a term of the loss."""
+
+    strength: float = option(0.0, "lambda; 0 is bitwise the run without it", low=0)
+
+
+@dataclass
+class EWCConfig:
+    """strength / 2 * sum F (theta - theta*)^2, the pull to earlier tasks (arXiv 1612.00796)."""
+
+    strength: float = option(0.0, "lambda; 0 is bitwise the run without it", low=0)
+    source: list[str] = option(
+        list, "finished runs whose tasks are protected; each needs python -m ftlab.fisher run=DIR"
+    )
+
+
+@dataclass
 class RegularizerConfig:
     """What holds the weights back; every entry with a positive strength is added to the loss."""
 
     l2_sp: L2SPConfig = option(L2SPConfig, "pull to the pretrained weights")
+    l1_sp: L1SPConfig = option(L1SPConfig, "pull of equal force to the pretrained weights")
+    l2: L2Config = option(L2Config, "pull to zero")
+    ewc: EWCConfig = option(EWCConfig, "pull to the weights of earlier tasks")
     extra: dict[str, Any] = option(dict, "your own penalties: name -> {_target_: module.Class, ...arguments}")
 
 

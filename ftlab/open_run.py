@@ -76,7 +76,9 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None) -> OpenRu
     tokenizer = build.build_tokenizer(config)
     model, method = build.build_base(config, tokenizer, ranks)
     if base:
-        model.requires_grad_(not method.keeps_base)  # what is stored in which dtype follows who trains
+        model.requires_grad_(False)
+        if not method.keeps_base:
+            method.apply(model)  # what is stored in which dtype follows who trains
     else:
         folder = build.export_folder(run_dir, method)
         if not folder.exists():

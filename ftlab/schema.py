@@ -42,7 +42,14 @@ __all__ = [
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"pretrained": configs.PretrainedConfig, "random": configs.RandomConfig},
     "data": {"hpo": configs.HPODataConfig, "files": configs.FilesDataConfig},
-    "method": {"lora": configs.LoRAConfig, "full": configs.FullConfig},
+    "method": {
+        "lora": configs.LoRAConfig,
+        "full": configs.FullConfig,
+        "freeze": configs.FreezeConfig,
+        "linear_probe": configs.LinearProbeConfig,
+        "bitfit": configs.BitFitConfig,
+        "gradual_unfreeze": configs.GradualUnfreezeConfig,
+    },
     "regularizer": {"regularizer": configs.RegularizerConfig},
     "optimizer": {"adamw": configs.AdamWConfig},
     "schedule": {

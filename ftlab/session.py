@@ -15,7 +15,7 @@ from ftlab_kernels.check import KernelMismatchError
 
 from ftlab import build
 from ftlab.compose import config_hash, run_folder, to_yaml
-from ftlab.config import Config, option_classes
+from ftlab.config import Config, GradualUnfreezeConfig, option_classes
 from ftlab.data.loader import RowLoader
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.evaluation.measure import Measured, Measurer
@@ -35,6 +35,7 @@ from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, 
 from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, changed_inputs, seed_rng
 from ftlab.training.tracking import Tracker
+from ftlab.training.unfreezing import Unfreezing
 
 __all__ = ["train"]
 
@@ -396,6 +397,9 @@ class _Session:
             progress=self.progress,
             stop=self.stop,
             micro_batch_size=config.data.micro_batch_size,
+            hooks=[Unfreezing(config.method, built.method.stages)]
+            if isinstance(config.method, GradualUnfreezeConfig)
+            else [],
         )
 
     def _fit(self, run: Fit, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -18,6 +19,7 @@ from ftlab.assets import parse_location, resolve
 from ftlab.config import (
     Config,
     FilesDataConfig,
+    GradualUnfreezeConfig,
     HPODataConfig,
     LoRAConfig,
     PretrainedConfig,
@@ -173,7 +175,21 @@ def check_location(location: str, key: str) -> None:
 
 
 def check_method(config: Config) -> None:
-    """LoRA needs something to adapt."""
+    """LoRA needs something to adapt; rates have a form; unfreezing keeps no activations, and may need validation."""
+    if isinstance(config.method, GradualUnfreezeConfig):
+        if config.training.activation_cache_gib > 0:
+            raise ConfigError(
+                "training.activation_cache_gib: with method=gradual_unfreeze what is kept would change from stage to "
+                "stage; set it to 0"
+            )
+        if config.method.trigger == "stall" and not (config.evaluation.times or config.evaluation.every_steps):
+            raise ConfigError("method.trigger: stall needs validation; give evaluation.every_steps or evaluation.times")
+    for entry in config.method.rates:
+        pattern, _, factor = entry.rpartition(":")
+        if not pattern or not re.fullmatch(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?", factor):
+            raise ConfigError(
+                f"method.rates: {entry!r} is not PATTERN:FACTOR; give for example 'method.rates=[q_proj:0.5]'"
+            )
     if isinstance(config.method, LoRAConfig):
         targets = config.method.targets
         if not targets or not all(target.strip() for target in targets):
@@ -193,7 +209,20 @@ def check_kernels(config: Config) -> None:
 
 
 def check_regularizer(config: Config) -> None:
-    """Entries of `extra`: importable, with arguments that the class takes."""
+    """EWC's runs; entries of `extra`: importable, with arguments that the class takes."""
+    ewc = config.regularizer.ewc
+    if ewc.strength > 0 and not ewc.source:
+        raise ConfigError(
+            "regularizer.ewc.source: it names no earlier run; give 'regularizer.ewc.source=[runs/...]', or strength 0"
+        )
+    for source in ewc.source if ewc.strength > 0 else ():
+        if not (Path(source) / "run.json").exists():
+            raise ConfigError(f"regularizer.ewc.source: {source} is not a run folder: it has no run.json")
+        if not (Path(source) / "fisher.safetensors").exists():
+            raise ConfigError(
+                f"regularizer.ewc.source: {source} has no Fisher information yet; make it by "
+                f"python -m ftlab.fisher run={source}"
+            )
     for name, entry in config.regularizer.extra.items():
         key = f"regularizer.extra.{name}"
         if not isinstance(entry, dict) or not isinstance(entry.get(TARGET), str):

@@ -28,13 +28,19 @@ import pytest
 from ftlab.compose import command, compose, run_command
 from ftlab.evaluate import EvaluateArguments
 from ftlab.export import ExportArguments
+from ftlab.fisher import FisherArguments
 from ftlab.generate import GenerateArguments
 from ftlab.schema import NOT_HASHED
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-SETTINGS = {"evaluate": EvaluateArguments, "export": ExportArguments, "generate": GenerateArguments}
+SETTINGS = {
+    "evaluate": EvaluateArguments,
+    "export": ExportArguments,
+    "fisher": FisherArguments,
+    "generate": GenerateArguments,
+}
 PROGRAMS = ("python -m", "python scripts/", "torchrun", "scripts/")
 
 
@@ -206,7 +212,7 @@ TINY = {
     "checkpoint.every_steps": "1",
     "checkpoint.metric": "loss",
 }
-TOO_LARGE = ("model.", "tracking.")  # keys of the page that make no sense beside these
+TOO_LARGE = ("model.", "tracking.", "method.layers=")  # settings of the page that make no sense beside these
 SWEPT_VALUES = 2  # values that are kept of the first swept key; of further keys the first alone
 
 
@@ -223,7 +229,7 @@ def small(arguments: list[str]) -> list[str]:
             kept += ["+experiment=full_tiny", *(["method=lora"] if value.startswith("lora") else [])]
         elif key == "resume" and value not in ("auto", "never"):
             kept.append(f"resume={newest_checkpoint(Path(value).parent)}")
-        elif key not in ours and not key.startswith(TOO_LARGE):
+        elif key not in ours and not word.startswith(TOO_LARGE):
             if "-m" in arguments and re.fullmatch(r"[^\[\](){}']+", value) and "," in value:
                 swept += 1
                 value = ",".join(value.split(",")[: SWEPT_VALUES if swept == 1 else 1])

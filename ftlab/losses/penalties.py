@@ -32,11 +32,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ftlab.config import RegularizerConfig
 from ftlab.errors import ConfigError, FtlabError
 
-__all__ = ["L2SP", "AdapterLeaf", "Penalty", "build_penalties"]
+__all__ = ["L1SP", "L2", "L2SP", "AdapterLeaf", "Penalty", "build_penalties"]
 
 
 class Penalty(Protocol):
@@ -62,6 +63,9 @@ class AdapterLeaf(Protocol):
 
     def delta_squared_norm(self) -> Tensor:
         """||update||_F^2: an fp32 scalar with a gradient."""
+
+    def delta_weight(self) -> Tensor:
+        """The update itself: fp32, as large as the weight, with a gradient."""
 
 
 class L2SP(Penalty):
@@ -112,8 +116,43 @@ class L2SP(Penalty):
         return digest.hexdigest()[:16]
 
 
+class L2(Penalty):
+    """strength * ||theta||^2 over every tensor that trains; under LoRA over A and B themselves."""
+
+    name = "l2"
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def value(self, model: nn.Module) -> Tensor:
+        """The penalty; fp32 scalar."""
+        terms = [parameter.float().square().sum() for parameter in model.parameters() if parameter.requires_grad]
+        return self.strength * torch.stack(terms).sum()
+
+
+class L1SP(L2SP):
+    """strength * ||theta - theta0||_1 (arXiv 1802.01483, equation 4), where theta0 is `model` when this is built.
+
+    Under LoRA the distance is that of the effective weight: B A of one layer at a time, made in both passes.
+    """
+
+    name = "l1_sp"
+
+    def value(self, model: nn.Module) -> Tensor:
+        """The penalty; fp32 scalar."""
+        parameters = dict(model.named_parameters())
+        terms = [(parameters[name].float() - anchor).abs().sum() for name, anchor in self.anchors.items()]
+        for _, leaf in _adapter_leaves(model):
+            terms.append(checkpoint(_absolute, leaf, use_reentrant=False, preserve_rng_state=False))
+        return self.strength * torch.stack(terms).sum()
+
+
+def _absolute(leaf: AdapterLeaf) -> Tensor:
+    return leaf.delta_weight().abs().sum()
+
+
 def build_penalties(config: RegularizerConfig, model: nn.Module) -> list[Penalty]:
-    """The penalties of a configuration, L2-SP first, then `extra` in its order; those of strength 0 are not built.
+    """The penalties of a configuration, ours first, then `extra` in its order; those of strength 0 are not built.
 
     Call it when `model` holds the pretrained weights and its trainability is settled. An entry of `extra` is
     {_target_: module.Class, ...arguments}: the class is called with the model and the arguments. Errors: ConfigError
@@ -122,6 +161,14 @@ def build_penalties(config: RegularizerConfig, model: nn.Module) -> list[Penalty
     penalties: list[Penalty] = []
     if config.l2_sp.strength > 0:
         penalties.append(L2SP(model, config.l2_sp.strength))
+    if config.l1_sp.strength > 0:
+        penalties.append(L1SP(model, config.l1_sp.strength))
+    if config.l2.strength > 0:
+        penalties.append(L2(config.l2.strength))
+    if config.ewc.strength > 0:
+        from ftlab.losses.ewc import EWC  # builds on this module
+
+        penalties.append(EWC(model, config.ewc))
     for key, entry in config.extra.items():
         penalty = _instantiate(f"regularizer.extra.{key}", entry, model)
         if penalty is not None:

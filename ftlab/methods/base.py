@@ -19,6 +19,9 @@ class Method(Protocol):
     keeps_base: bool
     """Whether the pretrained weights stay as they are, so that `save` holds only what sits on top of them."""
 
+    stages: tuple[tuple[str, ...], ...]
+    """After `apply`: the parameters that train from the start, then those that join at each later stage; () is one."""
+
     def apply(self, model: nn.Module) -> TrainableTable:
         """Swap or add leaves in place, set `requires_grad`, and return the table that says who trains."""
 

@@ -19,7 +19,8 @@ from ftlab.config import LoRAConfig
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.files import atomic_directory
 from ftlab.methods.lora_linear import LoRALinear
-from ftlab.methods.trainable import Rule, TrainableTable
+from ftlab.methods.rules import adapter_table
+from ftlab.methods.trainable import TrainableTable
 from ftlab.operators import TORCH
 
 __all__ = ["LoRA", "apply_lora", "lora_leaves"]
@@ -49,6 +50,7 @@ class LoRA:
     """Low-rank adapters on the layers of `config.targets`; nothing else trains."""
 
     keeps_base = True
+    stages: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self, config: LoRAConfig, seed: int = 0) -> None:
         self.config = config
@@ -57,7 +59,7 @@ class LoRA:
     def apply(self, model: nn.Module) -> TrainableTable:
         """Put adapters on the targets and freeze everything else."""
         apply_lora(model, self.config, self.seed)
-        table = TrainableTable([Rule(r"(.*\.)?lora_[AB]", trainable=True), Rule(".*", trainable=False)])
+        table = adapter_table(model, self.config)
         table.apply(model)
         return table
 

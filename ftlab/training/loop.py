@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,7 +29,7 @@ from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, capture_rng
 from ftlab.training.tracking import Tracker
 
-__all__ = ["Fit", "Limits", "StepResult", "fit", "save_state", "train_step", "validation_steps"]
+__all__ = ["Fit", "Hook", "Limits", "StepResult", "fit", "save_state", "train_step", "validation_steps"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,16 @@ def validation_steps(total_steps: int, every_steps: int | None, times: int) -> f
     return frozenset(round(total_steps * (i + 1) / times) for i in range(times)) - {0}
 
 
+class Hook(Protocol):
+    """What a method does between steps. What it must remember stands in the state's counters."""
+
+    def before_step(self, state: TrainState, run: Fit) -> None:
+        """Called before each step, on every rank."""
+
+    def after_validation(self, state: TrainState, run: Fit, *, better: bool) -> None:
+        """Called after each validation, before its checkpoint; better: than every one before."""
+
+
 @dataclass
 class Fit:
     """What the loop works with besides the state."""
@@ -122,6 +132,7 @@ class Fit:
     micro_batch_size: int
     validate: Callable[[int], Mapping[str, float]] | None = None  # None: nothing to validate on
     on_step: Callable[[int, StepResult, tuple[str, ...]], None] | None = None
+    hooks: Sequence[Hook] = ()
     last_save: float = field(default_factory=time.monotonic)
     saved_step: int = -1
     log_time: float = field(default_factory=time.monotonic)
@@ -141,6 +152,8 @@ def fit(state: TrainState, run: Fit) -> None:
         if _out_of_patience(state, run):
             break
         _save_or_stop(state, run)
+        for hook in run.hooks:
+            hook.before_step(state, run)
         micro_batches, ids = _next_batches(state, run, ranks)
         set_lr(state.optimizer, run.schedule(state.counters.updates))
         result = train_step(
@@ -263,11 +276,14 @@ def _validate_if_due(state: TrainState, run: Fit) -> None:
     value = float(values[metric])
     falls = run.checkpoint.mode == "min" or (run.checkpoint.mode == "auto" and metric in ("loss", "perplexity"))
     best = counters.best_value
-    if value == value and (best is None or (value < best if falls else value > best)):
+    better = value == value and (best is None or (value < best if falls else value > best))
+    if better:
         if ranks.agree(ranks.is_main and run.checkpoints.save_best(counters.step, state.trainable())):
             counters.best_step, counters.best_value, counters.worse_in_a_row = counters.step, value, 0
     else:
         counters.worse_in_a_row += 1
+    for hook in run.hooks:
+        hook.after_validation(state, run, better=better)
     save_state(state, run)
     run.log_time += time.monotonic() - begin
 

@@ -169,9 +169,14 @@ class Replica:
     def __init__(self, model: nn.Module, loss_sum: LossSum, ranks: Ranks) -> None:
         self.model = model
         self.ranks = ranks
-        self._objective: nn.Module = _Objective(model, loss_sum)
-        if ranks.world > 1:
-            self._objective = DistributedDataParallel(self._objective)
+        self._plain = _Objective(model, loss_sum)
+        self._objective: nn.Module = self._plain
+        self.wrap()
+
+    def wrap(self) -> None:
+        """Average the gradients of what trains now; to be called again, on every rank, when that changes."""
+        if self.ranks.world > 1:
+            self._objective = DistributedDataParallel(self._plain)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Summed loss of one batch, with its graph."""

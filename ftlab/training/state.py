@@ -39,6 +39,8 @@ class Counters:
     best_step: int = -1
     best_value: float | None = None
     worse_in_a_row: int = 0
+    stage: int = 0  # of a method that lets more and more train
+    stalled: int = 0  # validations in a row without a better one, since that stage began
     data_digest: str = ""  # a hash chained over the ids of all examples consumed, in order
 
     @property
@@ -92,7 +94,10 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 @dataclass
 class TrainState:
-    """Model, optimizer, scaler, counters, generators and the identity of the penalties' anchors."""
+    """Model, optimizer, scaler, counters, generators and the identity of the penalties' anchors.
+
+    What trains is settled when this is made: parameters whose turn comes later belong to it too.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -102,9 +107,12 @@ class TrainState:
     penalty_fingerprints: dict[str, str] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
 
+    def __post_init__(self) -> None:
+        self._trained = frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
+
     def trainable(self) -> dict[str, torch.Tensor]:
-        """The tensors that train, by name, detached and sharing memory with the model."""
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        """The tensors that train, now or later, by name, detached and sharing memory with the model."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if name in self._trained}
 
     def state_dict(self, rng_by_rank: list[dict[str, Any]]) -> dict[str, Any]:
         """All of it as plain containers of tensors, numbers and strings."""

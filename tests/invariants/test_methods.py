@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ftlab.config import AdamWConfig, FullConfig, L2SPConfig, LoRAConfig, MethodConfig, RegularizerConfig
+from ftlab.config import (
+    AdamWConfig,
+    BitFitConfig,
+    FreezeConfig,
+    FullConfig,
+    GradualUnfreezeConfig,
+    L2SPConfig,
+    LoRAConfig,
+    MethodConfig,
+    RegularizerConfig,
+)
 from ftlab.errors import FtlabError
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import L2SP, Penalty, build_penalties
@@ -25,7 +35,12 @@ from tests.helpers.models import random_ids, tiny_llama
 METHODS: dict[str, Callable[[], MethodConfig]] = {
     "full": FullConfig,
     "full without embeddings": lambda: FullConfig(train_embeddings=False),
+    "full with decaying rates": lambda: FullConfig(layer_decay=0.8, rates=["q_proj:0.5"]),
+    "upper half": lambda: FreezeConfig(frozen_fraction=0.5),
+    "bitfit with norms": lambda: BitFitConfig(train_norms=True),
+    "gradual unfreezing": GradualUnfreezeConfig,
     "lora": lambda: LoRAConfig(rank=4, alpha=8.0),
+    "lora plus": lambda: LoRAConfig(rank=4, alpha=8.0, b_rate=16.0),
     "lora with dropout": lambda: LoRAConfig(rank=4, alpha=8.0, dropout=0.3),
     "rslora": lambda: LoRAConfig(rank=4, alpha=8.0, rslora=True),
     "lora on attention": lambda: LoRAConfig(rank=2, alpha=2.0, targets=["[qkvo]_proj"]),

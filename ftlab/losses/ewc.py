@@ -1,0 +1,120 @@
+"""Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3).
+
+    strength / 2 * sum over past tasks k, parameters i of F_ki (theta_i - theta*_ki)^2
+
+F is the diagonal Fisher information of task k and theta* the weights that it ended with (`ftlab.losses.fisher`). Under
+LoRA theta is the effective weight W + s B A: what earlier tasks need is protected whatever parametrisation moves it.
+The cost: B A of one layer at a time, made in the forward pass and again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ftlab.config import EWCConfig
+from ftlab.errors import FtlabError
+from ftlab.losses.fisher import FILE, read_fisher
+from ftlab.losses.penalties import AdapterLeaf, Penalty
+
+__all__ = ["EWC"]
+
+_SAME = 2.0**-7  # a base stored in bf16 and the anchor it was rounded from agree to this
+
+
+@dataclass
+class _Held:
+    """One parameter and one task: F [as the weight], and the anchor, or None where the frozen weight is the anchor."""
+
+    name: str
+    fisher: Tensor
+    anchor: Tensor | None
+
+
+class EWC(Penalty):
+    """The pull to the tasks of finished runs. F is kept in bf16, anchors in fp32, on the parameters' device.
+
+    Errors: FtlabError if a run has no Fisher information, knows another model, or protects nothing that trains.
+    """
+
+    name = "ewc"
+
+    def __init__(self, model: nn.Module, config: EWCConfig) -> None:
+        self.strength = config.strength
+        self._digest = hashlib.sha256()
+        self.held: list[_Held] = []
+        for source in config.source:
+            self._add(model, Path(source) / FILE)
+
+    def _add(self, model: nn.Module, path: Path) -> None:
+        fisher, anchors, facts = read_fisher(path)
+        self._digest.update(repr((facts, sorted(fisher))).encode())
+        parameters = dict(model.named_parameters())
+        adapted = _adapters(model)
+        found = 0
+        for name, values in fisher.items():
+            weight = parameters.get(name)
+            if weight is None or weight.shape != values.shape:
+                raise FtlabError(
+                    f"regularizer.ewc: {path} is of another model ({name} {list(values.shape)} is not here); start "
+                    "from the model that its run ended with"
+                )
+            self._digest.update(values.view(torch.uint8).numpy().data)
+            leaf = adapted.get(name)
+            if leaf is None and not weight.requires_grad:
+                continue  # frozen: it stays where it is
+            found += 1
+            anchor: Tensor | None = anchors[name].to(weight.device)
+            if leaf is not None and torch.allclose(
+                weight.detach().float(), anchors[name].to(weight.device), _SAME, 1e-6
+            ):
+                anchor = None
+            self.held.append(_Held(name, values.to(weight.device), anchor))
+        if not found:
+            raise FtlabError(
+                f"regularizer.ewc: nothing that trains here was measured in {path}; train the same weights, or "
+                "adapters on the same layers"
+            )
+
+    def value(self, model: nn.Module) -> Tensor:
+        """The penalty; fp32 scalar."""
+        parameters = dict(model.named_parameters())
+        adapted = _adapters(model)
+        terms = [self._term(parameters[held.name], adapted.get(held.name), held) for held in self.held]
+        return 0.5 * self.strength * torch.stack(terms).sum()
+
+    def _term(self, weight: Tensor, leaf: AdapterLeaf | None, held: _Held) -> Tensor:
+        pieces = functools.partial(_weighted, weight, leaf, held)
+        # Only the parameters are kept for the backward pass, not a difference as large as they are.
+        term: Tensor = checkpoint(pieces, use_reentrant=False, preserve_rng_state=False)
+        return term
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over names and Fisher information of every task."""
+        return self._digest.hexdigest()[:16]
+
+
+def _weighted(weight: Tensor, leaf: AdapterLeaf | None, held: _Held) -> Tensor:
+    """sum F (theta - theta*)^2 of one parameter: fp32 scalar."""
+    with torch.autocast(weight.device.type, enabled=False):
+        if leaf is None:
+            assert held.anchor is not None
+            distance = weight.float() - held.anchor
+        else:
+            distance = leaf.delta_weight()
+            if held.anchor is not None:
+                distance = distance + (weight.detach().float() - held.anchor)
+        return (distance.square() * held.fisher).sum()
+
+
+def _adapters(model: nn.Module) -> dict[str, AdapterLeaf]:
+    """The layer that carries an update, by the name of its weight."""
+    found: Sequence[tuple[str, nn.Module]] = list(model.named_modules())
+    return {f"{name}.weight": module for name, module in found if isinstance(module, AdapterLeaf)}

@@ -1,0 +1,148 @@
+"""Which pretrained weights train, and how fast, as rules over Hugging Face parameter names.
+
+Layer-wise decay (arXiv 2003.10555, as discriminative fine-tuning in arXiv 1801.06146): of L blocks, counted from 0 at
+the bottom, block i learns at lr * decay ** (L - 1 - i), the embedding at lr * decay ** L, and what lies above the
+blocks at lr. The uppermost block so learns at lr itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ftlab.config import LoRAConfig, MethodConfig
+from ftlab.errors import ConfigError
+from ftlab.methods.trainable import Rule, TrainableTable
+
+__all__ = ["Choice", "adapter_table", "block_numbers", "num_blocks", "own_rules", "table", "weight_table"]
+
+EMBEDDING = r"(.*\.)?embed_tokens\.weight"
+HEAD = r"(.*\.)?lm_head\..*"
+NORM = r"\w*norm\.(weight|bias)"
+LAST_NORM = r"(model\.)?norm\.(weight|bias)"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which weights train: blocks by number; embedding; the last norm and a head of its own; norms of which blocks."""
+
+    blocks: frozenset[int]
+    embeddings: bool
+    head: bool = True
+    norms: str = "trained"
+
+
+def num_blocks(model: nn.Module) -> int:
+    """How many blocks the parameter names of `model` count."""
+    numbers = [int(found.group(1)) for name, _ in model.named_parameters() if (found := _BLOCK.search(name))]
+    return max(numbers, default=-1) + 1
+
+
+def block_numbers(text: str, total: int) -> frozenset[int]:
+    """ "20-29", "0,5,28-" or "-3" -> the numbers of the blocks. Errors: ConfigError if it names none of `total`."""
+    chosen: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        found = re.fullmatch(r"(\d*)(-?)(\d*)", part)
+        if found is None or not part or part == "-":
+            raise ConfigError(f"method.layers: {part!r} is not a block or a range of blocks; give for example 20-29")
+        first = int(found.group(1) or 0)
+        last = first if not found.group(2) else int(found.group(3) or total - 1)
+        if first > last or last >= total:
+            raise ConfigError(f"method.layers: {part!r} lies outside the model's {total} blocks, 0 to {total - 1}")
+        chosen.update(range(first, last + 1))
+    return frozenset(chosen)
+
+
+def own_rules(rates: Sequence[str]) -> list[Rule]:
+    """method.rates as rules: PATTERN matches whole parts of a parameter's name, such as q_proj or layers.0."""
+    rules = []
+    for entry in rates:
+        pattern, colon, number = entry.rpartition(":")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = -1.0
+        if not colon or not pattern or not 0 <= factor < float("inf"):
+            raise ConfigError(
+                f"method.rates: {entry!r} is not PATTERN:FACTOR; give for example q_proj:0.5 or layers.0:0"
+            )
+        whole = rf"(?:.*\.)?(?:{pattern})(?:\..*)?"
+        rules.append(Rule(whole, trainable=factor > 0, lr_scale=factor or 1.0))
+    return rules
+
+
+def weight_table(model: nn.Module, config: MethodConfig, choice: Choice) -> TrainableTable:
+    """The table of a choice of pretrained weights. Errors: ConfigError if an entry of method.rates matches nothing."""
+    total = num_blocks(model)
+    decay = config.layer_decay
+    rules = [Rule(EMBEDDING, choice.embeddings, decay**total if choice.embeddings else 1.0)]
+    if choice.norms == "none":
+        rules.append(Rule(rf"(.*\.)?{NORM}", trainable=False))
+    rules += [Rule(pattern, choice.head) for pattern in (HEAD, LAST_NORM)]
+    if choice.norms == "all":
+        rules += _of_blocks(set(range(total)) - choice.blocks, rf"(.*\.)?{NORM}", decay, total)
+    rules += _of_blocks(choice.blocks, ".*", decay, total)
+    if decay == 1 and choice == Choice(frozenset(range(total)), choice.embeddings):
+        rules = [rules[0], Rule(".*", trainable=True)]  # what follows the embedding is everything
+    else:
+        rules.append(Rule(".*", trainable=False))
+    return table(model, [*own_rules(config.rates), *rules], len(config.rates))
+
+
+def adapter_table(model: nn.Module, config: LoRAConfig) -> TrainableTable:
+    """The table of LoRA's A and B; B learns `b_rate` times as fast. Own rates change those of adapters alone."""
+    total = num_blocks(model) if config.layer_decay != 1 else 0
+    own = [Rule(rf"(?=.*lora_[AB]$){rule.pattern}", rule.trainable, rule.lr_scale) for rule in own_rules(config.rates)]
+    rules: list[Rule] = []
+    for letter, factor in (("A", 1.0), ("B", config.b_rate)):
+        for block in range(total):
+            rate = factor * config.layer_decay ** (total - 1 - block)
+            rules.append(Rule(rf"(.*\.)?layers\.{block}\..*lora_{letter}", trainable=True, lr_scale=rate))
+        rules.append(Rule(rf"(.*\.)?lora_{letter}", trainable=True, lr_scale=factor))
+    if config.b_rate == 1 and not total:
+        rules = [Rule(r"(.*\.)?lora_[AB]", trainable=True)]
+    return table(model, [*own, *rules, Rule(".*", trainable=False)], len(own))
+
+
+def table(model: nn.Module, rules: Sequence[Rule], own: int) -> TrainableTable:
+    """A table of the first `own` rules, each of which must decide for something, and of the others that do."""
+    patterns = [_compiled(rule.pattern) for rule in rules]
+    used = set()
+    for name, _ in model.named_parameters():
+        used.add(next(index for index, pattern in enumerate(patterns) if pattern.fullmatch(name)))
+    idle = sorted(set(range(own)) - used)
+    if idle:
+        names = [name for name, _ in model.named_parameters()]
+        raise ConfigError(
+            f"method.rates: entry {idle[0] + 1} matches no parameter, or earlier entries take all of its own; the "
+            f"names are such as {', '.join(names[:: max(len(names) // 4, 1)][:5])}"
+        )
+    found = TrainableTable([rule for index, rule in enumerate(rules) if index in used])
+    if not any(rule.trainable for rule in found.rules):
+        raise ConfigError(
+            "method: nothing trains with these settings; let blocks, norms, the head or the embedding train"
+        )
+    return found
+
+
+def _of_blocks(blocks: Iterable[int], what: str, decay: float, total: int) -> list[Rule]:
+    """Trainable rules over the parameters of some blocks whose names go on with `what`; one a block if rates differ."""
+    numbers = sorted(blocks)
+    if not numbers:
+        return []
+    if decay == 1:
+        return [Rule(rf"(.*\.)?layers\.({'|'.join(map(str, numbers))})\.{what}", trainable=True)]
+    return [Rule(rf"(.*\.)?layers\.{i}\.{what}", trainable=True, lr_scale=decay ** (total - 1 - i)) for i in numbers]
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"method.rates: {pattern!r} is not a regular expression: {error}") from error
+
+
+_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")

@@ -1,0 +1,64 @@
+"""When the parameters of a method's later stages begin to train.
+
+Optimizer, penalties and checkpoints hold from the start whatever trains at the last stage. A parameter whose stage has
+not come has no `requires_grad`: it gets no gradient, AdamW passes it over (no decay, no moments, no step count), and
+below the lowest one that trains no graph is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ftlab.config import GradualUnfreezeConfig
+
+if TYPE_CHECKING:
+    from ftlab.training.loop import Fit
+    from ftlab.training.state import TrainState
+
+__all__ = ["Unfreezing"]
+
+
+class Unfreezing:
+    """A hook of the loop that lets the names of `stages` train one stage after the other.
+
+    With the triggers `step` and `epoch` the stage is a function of where the run stands; with `stall` it is counted in
+    the run's counters. Either way a resumed run finds it again.
+    """
+
+    def __init__(self, config: GradualUnfreezeConfig, stages: Sequence[Sequence[str]]) -> None:
+        self.config = config
+        self.stages = [tuple(names) for names in stages]
+        self.entered = -1
+
+    def before_step(self, state: TrainState, run: Fit) -> None:
+        """Enter the stage that is due, if it is another than the present one."""
+        counters = state.counters
+        if self.config.trigger != "stall":
+            counters.stage = (counters.step if self.config.trigger == "step" else counters.epoch) // self.config.every
+        counters.stage = min(counters.stage, len(self.stages) - 1)
+        if counters.stage != self.entered:
+            self.enter(run.replica.model, counters.stage)
+            run.replica.wrap()  # data-parallel training decides once which gradients travel
+            count = sum(p.numel() for p in run.replica.model.parameters() if p.requires_grad)
+            run.progress.message(
+                f"step {counters.step}: stage {counters.stage + 1} of {len(self.stages)}, {count:,} train"
+            )
+
+    def after_validation(self, state: TrainState, run: Fit, *, better: bool) -> None:
+        """Count validations without a better value, where that is the trigger."""
+        counters = state.counters
+        if self.config.trigger != "stall":
+            return
+        counters.stalled = 0 if better else counters.stalled + 1
+        if counters.stalled >= self.config.every:
+            counters.stage, counters.stalled = min(counters.stage + 1, len(self.stages) - 1), 0
+
+    def enter(self, model: nn.Module, stage: int) -> None:
+        """Set `requires_grad` of the parameters of every stage."""
+        for number, names in enumerate(self.stages):
+            for name in names:
+                model.get_parameter(name).requires_grad_(number <= stage)
+        self.entered = stage

@@ -1,0 +1,163 @@
+"""Gradual unfreezing in the loop: when blocks join, what a resume finds, what several ranks do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftlab.compose import compose
+from ftlab.config import AdamWConfig, CheckpointConfig, GradualUnfreezeConfig
+from ftlab.errors import ConfigError
+from ftlab.methods import make_method
+from ftlab.optim.adamw import build_optimizer
+from ftlab.session import train
+from ftlab.training.loop import Fit, fit
+from ftlab.training.parallel import Ranks, Replica
+from ftlab.training.state import TrainState
+from ftlab.training.unfreezing import Unfreezing
+from tests.helpers.training import SilentProgress, lora_fit, loss_sum, run_ranks, tiny_llama
+
+STEPS = 9
+TOP, BOTTOM = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+class Killed(Exception):  # noqa: N818 - stands for a signal, not for a mistake
+    pass
+
+
+def gradual(folder: Path, config: GradualUnfreezeConfig, **changes: Any) -> tuple[TrainState, Fit]:
+    """A run of the tiny model (two blocks) by this method."""
+    ranks = changes.get("ranks", Ranks())
+    changes = {"total_steps": STEPS, "checkpoint": CheckpointConfig(every_steps=1, every_minutes=None), **changes}
+    lora, run = lora_fit(folder, **changes)
+    model = tiny_llama()
+    method = make_method(config)
+    table = method.apply(model)
+    optimizer = build_optimizer(AdamWConfig(lr=1e-2, weight_decay=0.1), model, table)
+    model.train()
+    run.replica = Replica(model, loss_sum, ranks)
+    run.hooks = [Unfreezing(config, method.stages)]
+    return TrainState(model, optimizer, lora.precision, "hash"), run
+
+
+def weights(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in state.model.named_parameters()}
+
+
+def test_a_block_moves_once_its_stage_has_come(tmp_path: Path) -> None:
+    moved: dict[str, list[int]] = {TOP: [], BOTTOM: [], "model.embed_tokens.weight": []}
+    start = weights(gradual(tmp_path / "other", GradualUnfreezeConfig())[0])
+
+    def on_step(step: int, *_: Any) -> None:
+        for name in moved:
+            if not torch.equal(state.model.get_parameter(name), start[name]):
+                moved[name].append(step)
+
+    config = GradualUnfreezeConfig(trigger="step", every=3, train_embeddings=True)
+    state, run = gradual(tmp_path / "run", config, on_step=on_step)
+    fit(state, run)
+    assert moved == {TOP: [*range(9)], BOTTOM: [*range(3, 9)], "model.embed_tokens.weight": [*range(6, 9)]}
+    assert isinstance(run.progress, SilentProgress)
+    stages = [message for message in run.progress.messages if "stage" in message]
+    assert [line.split(":")[0] for line in stages] == ["step 0", "step 3", "step 6"]
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    steps = {names[id(p)]: int(found["step"]) for p, found in state.optimizer.state.items()}
+    assert steps[TOP] == 9
+    assert steps[BOTTOM] == 6, "its moments begin when it does"
+    assert steps["model.embed_tokens.weight"] == 3
+
+
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        (GradualUnfreezeConfig(trigger="step", every=3, train_embeddings=True), {}),
+        (GradualUnfreezeConfig(trigger="epoch", layer_decay=0.5), {}),
+        (
+            GradualUnfreezeConfig(trigger="stall", every=2),
+            {"validate": lambda step: {"loss": 1.0 + step}, "validate_at": frozenset(range(1, STEPS + 1))},
+        ),
+    ],
+    ids=["step", "epoch", "stall"],
+)
+def test_killed_at_every_step_and_resumed_it_is_the_undisturbed_run(
+    config: GradualUnfreezeConfig, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, run = gradual(tmp_path / "whole", config, **changes)
+    fit(whole, run)
+    expected, counters = weights(whole), whole.counters
+    assert counters.stage == len(run.hooks[0].stages) - 1, "every stage was entered"  # type: ignore[attr-defined]
+    for kill_after in range(1, STEPS):
+        folder = tmp_path / str(kill_after)
+
+        def killed(step: int, *_: Any, last: int = kill_after) -> None:
+            if step == last:
+                raise Killed
+
+        state, run = gradual(folder, config, **changes, on_step=killed)
+        with pytest.raises(Killed):
+            fit(state, run)
+        state, run = gradual(folder, config, **changes)
+        saved = run.checkpoints.newest()
+        assert saved is not None
+        state.load_state_dict(saved, 0, 1)
+        assert state.counters.step >= kill_after
+        fit(state, run)
+        assert state.counters == counters
+        for name, tensor in weights(state).items():
+            assert torch.equal(tensor, expected[name]), (kill_after, name)
+
+
+def test_a_stall_counts_only_validations_that_are_no_better(tmp_path: Path) -> None:
+    values = iter([1.0, 2.0, 0.5, 0.6, 0.7, 0.4, 0.3, 0.2, 0.1])
+    config = GradualUnfreezeConfig(trigger="stall", every=2)
+    every = frozenset(range(1, STEPS + 1))
+    state, run = gradual(tmp_path, config, validate=lambda step: {"loss": next(values)}, validate_at=every)
+    fit(state, run)
+    assert isinstance(run.progress, SilentProgress)
+    stages = [message for message in run.progress.messages if "stage" in message]
+    assert [line.split(":")[0] for line in stages] == ["step 0", "step 5"]
+
+
+def on_a_rank(ranks: Ranks, folder: Path) -> None:
+    config = GradualUnfreezeConfig(trigger="step", every=3, train_embeddings=True)
+    state, run = gradual(folder / f"rank-{ranks.rank}", config, ranks=ranks)
+    fit(state, run)
+    torch.save(weights(state), folder / f"weights-{ranks.rank}.pt")
+
+
+def test_two_ranks_end_where_one_does(tmp_path: Path) -> None:
+    config = GradualUnfreezeConfig(trigger="step", every=3, train_embeddings=True)
+    alone, run = gradual(tmp_path / "alone", config)
+    fit(alone, run)
+    run_ranks(on_a_rank, tmp_path, tmp_path)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True)
+        for name, weight in weights(alone).items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_whole_command(tmp_path: Path) -> None:
+    words = ["+experiment=full_tiny", "method=gradual_unfreeze", "method.trigger=step", "method.every=4"]
+    words += ["evaluation.generate=false", "training.max_steps=10", "tracking=disabled", f"run_dir={tmp_path / 'run'}"]
+    assert train(*compose(words)) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert record["scores"]["final"]["loss"]["value"] < record["scores"]["base"]["loss"]["value"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["training.activation_cache_gib=1"], "stage to stage"),
+        (["method.trigger=stall", "evaluation.times=0"], "needs validation"),
+        (["method.trigger=blocks"], "none of step, epoch, stall"),
+        (["method.rates=[q_proj]"], "PATTERN:FACTOR"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_loads(words: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        compose(["+experiment=full_tiny", "method=gradual_unfreeze", *words])
