@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from ftlab/config.py and conf/: `python scripts/config_reference.py [--check]`."""
+"""Write docs/configuration.md from ftlab/config/ and conf/: `python scripts/config_reference.py [--check]`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ftlab.compose import conf_dir
-from ftlab.config import REQUIRED, Config
+from ftlab.config import Config
+from ftlab.config.options import REQUIRED
 from ftlab.schema import GROUPS, NOT_HASHED, Key, expected, hints, keys_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 LIMITS = (("low", ">= {}"), ("above", "> {}"), ("high", "<= {}"), ("below", "< {}"))
 HEAD = """# Configuration
 
-<!-- Written by scripts/config_reference.py from ftlab/config.py and conf/. Change those, then run it again. -->
+<!-- Written by scripts/config_reference.py from ftlab/config/ and conf/. Change those, then run it again. -->
 
 Every key with its type, default and range. Override any of them on the command line (`optimizer.lr=3e-4`), choose
 another option of a group (`method=full`), add an experiment (`+experiment=lora_medical`), or sweep (`-m

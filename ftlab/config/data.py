@@ -1,0 +1,62 @@
+"""What it learns from (group `data`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftlab.config.options import REQUIRED, option
+
+__all__ = [
+    "DataConfig",
+    "FilesDataConfig",
+    "HPODataConfig",
+]
+
+
+@dataclass
+class DataConfig:
+    """What every data option has: how records become tokens, rows and batches."""
+
+    name: str = option("data", "label used in reports and run names")
+    template: str = option("model", "chat template: model, chatml, plain, or the path of a jinja file")
+    system: str | None = option(None, "system message put before each conversation that has none")
+    max_length: int = option(512, "longest example in tokens, template included", low=8)
+    too_long: str = option("error", "an example over max_length", choices=("error", "drop", "truncate"))
+    packing: bool = option(True, "lay several examples end to end in one row; they never see one another")
+    row_length: int = option(512, "tokens in a packed row", low=8)
+    pad_rows: bool = option(False, "pad each row to row_length, so that all batches have one shape")
+    pad_to_multiple: int = option(
+        64, "without pad_rows: fill a batch to a multiple of this many tokens, for few shapes; 1: no padding", low=1
+    )
+    share_prefix: bool = option(
+        False, "compute the tokens that all examples of a micro-batch begin with once (with dropout: under one mask)"
+    )
+    batch_size: int = option(8, "rows (packing) or examples in one optimizer step, over all ranks", low=1)
+    micro_batch_size: int = option(8, "rows or examples in one forward pass on one rank", low=1)
+    shuffle: bool = option(True, "a new order each epoch, fixed by (seed, epoch)")
+    limit_train: int | None = option(None, "use only the first N training records (after a fixed shuffle)", low=1)
+    limit_validation: int | None = option(None, "use only the first N validation records", low=1)
+    limit_test: int | None = option(None, "use only the first N test records", low=1)
+    split_seed: int = option(0, "part of the hash that sends each group of records to a split", low=0)
+    validation_fraction: float = option(0.1, "share of the groups held out for validation", low=0, below=1)
+    test_fraction: float = option(0.1, "share of the groups held out for test", low=0, below=1)
+
+
+@dataclass
+class HPODataConfig(DataConfig):
+    """Pairs from the Human Phenotype Ontology."""
+
+    location: str = option(REQUIRED, "location of hp.obo")
+    task: str = option("lay_to_clinical", "which pairs", choices=("lay_to_clinical", "define"))
+
+
+@dataclass
+class FilesDataConfig(DataConfig):
+    """The user's own JSONL or JSON files."""
+
+    train: str = option(REQUIRED, "location of the training records")
+    validation: str | None = option(None, "location of the validation records; null: split off the training records")
+    test: str | None = option(None, "location of the test records; null: split off the training records")
+
+
+# --- method --------------------------------------------------------------------------------------------------------
