@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ftlab.config.data import DataConfig, FilesDataConfig, HPODataConfig
@@ -33,7 +33,7 @@ from ftlab.config.optimizer import (
     ScheduleConfig,
     WSDConfig,
 )
-from ftlab.config.options import REQUIRED, option
+from ftlab.config.options import option
 from ftlab.config.regularizer import EWCConfig, L1SPConfig, L2Config, L2SPConfig, RegularizerConfig
 from ftlab.config.run import (
     CheckpointConfig,
