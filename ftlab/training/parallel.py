@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ftlab.config import ParallelConfig
 from ftlab.data.loader import Batch
 from ftlab.errors import ConfigError
+from ftlab.startup import settle_math
 
 __all__ = ["LossSum", "Ranks", "Replica", "start_ranks"]
 
@@ -126,6 +127,7 @@ def start_ranks(config: ParallelConfig) -> Iterator[Ranks]:
     device = _pick_device(config.device, local_rank)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(config.threads or max(1, cores // local_world))
+    settle_math()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:
