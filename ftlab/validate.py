@@ -194,6 +194,20 @@ def check_method(config: Config) -> None:
         targets = config.method.targets
         if not targets or not all(target.strip() for target in targets):
             raise ConfigError("method.targets: it names no layer; give for example 'method.targets=[q_proj,v_proj]'")
+        check_variants(config.method)
+
+
+def check_variants(method: LoRAConfig) -> None:
+    """What of the LoRA family goes together, and the form of ranks and alphas."""
+    if method.init == "pissa" and method.dora:
+        raise ConfigError("method.dora: it starts from B = 0, method.init=pissa does not; set one of them back")
+    for key, number in (("ranks", r"\d+"), ("alphas", r"\d+(\.\d*)?|\.\d+")):
+        for entry in getattr(method, key):
+            pattern, _, value = entry.rpartition(":")
+            if not pattern or not re.fullmatch(number, value) or float(value) == 0:
+                raise ConfigError(
+                    f"method.{key}: {entry!r} is not PATTERN:NUMBER; give for example 'method.{key}=[q_proj:8]'"
+                )
 
 
 def check_kernels(config: Config) -> None:
