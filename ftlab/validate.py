@@ -201,6 +201,11 @@ def check_variants(method: LoRAConfig) -> None:
     """What of the LoRA family goes together, and the form of ranks and alphas."""
     if method.init == "pissa" and method.dora:
         raise ConfigError("method.dora: it starts from B = 0, method.init=pissa does not; set one of them back")
+    if method.start_from is not None and not (Path(method.start_from) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"method.start_from: {method.start_from} is not an adapter's folder: it has no adapter_config.json; give "
+            "one that PEFT wrote, or adapter/ of a run"
+        )
     for key, number in (("ranks", r"\d+"), ("alphas", r"\d+(\.\d*)?|\.\d+")):
         for entry in getattr(method, key):
             pattern, _, value = entry.rpartition(":")

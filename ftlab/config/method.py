@@ -95,6 +95,9 @@ class LoRAConfig(MethodConfig):
         "first A and B: default (B is 0), or pissa, the principal components of the weight (arXiv 2404.02948)",
         choices=("default", "pissa"),
     )
+    start_from: str | None = option(
+        None, "folder of an adapter, of ftlab or of PEFT, to train on from; rank, alpha, targets must be its own"
+    )
     dora: bool = option(False, "train the norm of each row of the weight apart from its direction (arXiv 2402.09353)")
 
 
