@@ -21,6 +21,7 @@ from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import Penalty, build_penalties
 from ftlab.methods import Method, make_method
+from ftlab.methods.lora import quantised_rows
 from ftlab.methods.trainable import ParameterRow
 from ftlab.models.activation_cache import ActivationCache
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
@@ -170,7 +171,8 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     if config.training.compile:
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
-    return Built(model, method, table.rows(model), precision, penalties, optimizer, cache, kernels)
+    rows = [*table.rows(model), *quantised_rows(model)]
+    return Built(model, method, rows, precision, penalties, optimizer, cache, kernels)
 
 
 def loss_sum_of(config: Config, cache: ActivationCache | None = None) -> Any:

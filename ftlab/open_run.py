@@ -84,6 +84,9 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, adapter: 
         model.requires_grad_(False)
         if not method.keeps_base:
             method.apply(model)  # what is stored in which dtype follows who trains
+        elif isinstance(method, LoRA) and method.config.quantize is not None:
+            method.apply(model)  # the base that the adapter sits on is the quantised one
+            method.switch_off(model)
     elif adapter is not None:
         method = LoRA(config_of(adapter, model))
         method.apply(model)

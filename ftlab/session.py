@@ -281,7 +281,7 @@ class _Session:
             },
             parameters=rows,
             kernels={"chosen": built.kernels},
-            memory=static_memory(built.model.parameters()),
+            memory=static_memory(built.model.parameters(), built.model.buffers()),
         )
         trainable = sum(row["count"] for row in rows if row["trainable"])
         total = sum(row["count"] for row in rows)

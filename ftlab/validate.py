@@ -195,6 +195,7 @@ def check_method(config: Config) -> None:
         if not targets or not all(target.strip() for target in targets):
             raise ConfigError("method.targets: it names no layer; give for example 'method.targets=[q_proj,v_proj]'")
         check_variants(config.method)
+        check_quantised(config, config.method)
 
 
 def check_variants(method: LoRAConfig) -> None:
@@ -213,6 +214,22 @@ def check_variants(method: LoRAConfig) -> None:
                 raise ConfigError(
                     f"method.{key}: {entry!r} is not PATTERN:NUMBER; give for example 'method.{key}=[q_proj:8]'"
                 )
+
+
+def check_quantised(config: Config, method: LoRAConfig) -> None:
+    """NF4 has no kernel of its own, and changes the weights that PiSSA and DoRA take apart."""
+    if method.quantize is None:
+        return
+    for key, default, other in (("init", "default", method.init == "pissa"), ("dora", "false", method.dora)):
+        if other:
+            raise ConfigError(f"method.{key}: it does not go with method.quantize=nf4; give method.{key}={default}")
+    if config.kernels in ("native", "triton"):
+        raise ConfigError(
+            f"kernels: {config.kernels} has no kernel for the weights of method.quantize=nf4; use kernels=auto, which "
+            "leaves them to torch"
+        )
+    if config.training.compile:
+        raise ConfigError("training.compile: true does not go with method.quantize=nf4; give training.compile=false")
 
 
 def check_kernels(config: Config) -> None:

@@ -95,6 +95,9 @@ class LoRAConfig(MethodConfig):
         "first A and B: default (B is 0), or pissa, the principal components of the weight (arXiv 2404.02948)",
         choices=("default", "pissa"),
     )
+    quantize: str | None = option(
+        None, "store the adapted weights in 4 bits: nf4, QLoRA (arXiv 2305.14314); null: not", choices=("nf4",)
+    )
     start_from: str | None = option(
         None, "folder of an adapter, of ftlab or of PEFT, to train on from; rank, alpha, targets must be its own"
     )

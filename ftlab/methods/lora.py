@@ -31,10 +31,10 @@ from ftlab.methods.peft_folder import (
     write_folder,
 )
 from ftlab.methods.rules import adapter_table
-from ftlab.methods.trainable import TrainableTable
+from ftlab.methods.trainable import ParameterRow, TrainableTable
 from ftlab.operators import TORCH
 
-__all__ = ["LoRA", "apply_lora", "lora_leaves"]
+__all__ = ["LoRA", "apply_lora", "lora_leaves", "quantised_rows"]
 
 
 class LoRA:
@@ -94,6 +94,11 @@ class LoRA:
         for name, leaf in leaves.items():
             start = f"{PREFIX}{name}."
             leaf.load_peft_tensors({part: saved[start + part] for part in leaf.peft_tensors()})
+
+    def switch_off(self, model: nn.Module) -> None:
+        """Leave the updates out from now on."""
+        for leaf in _applied(model).values():
+            leaf.enabled = False
 
     def merge(self, model: nn.Module) -> dict[str, float]:
         """Fold every adapter into its weight, in fp32. Returns each layer's relative rounding error."""
@@ -162,6 +167,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int) -> list[str]:
             leaf.take_principal()
         if config.dora:
             leaf.add_magnitude()
+        if config.quantize == "nf4":
+            leaf.quantise()
         leaf.operators = getattr(model, "operators", TORCH)
         _replace(model, name, leaf)
     return names
@@ -170,6 +177,16 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int) -> list[str]:
 def lora_leaves(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapter layers by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def quantised_rows(model: nn.Module) -> list[ParameterRow]:
+    """A row for the weights that are no parameters any more because they are quantised; none if there are none."""
+    packed = [leaf.packed for leaf in lora_leaves(model).values() if leaf.packed is not None]
+    if not packed:
+        return []
+    count = sum(weight.shape[0] * weight.shape[1] for weight in packed)
+    bits = 8 * sum(weight.nbytes for weight in packed) / count
+    return [ParameterRow(f"weights in NF4, {bits:.3f} bits each", False, len(packed), count, 1.0)]
 
 
 def pattern_numbers(config: LoRAConfig, key: str) -> dict[str, float]:

@@ -20,6 +20,8 @@ DoRA (arXiv 2402.09353), `add_magnitude`: with V = W + s B A, and m [out] that t
 
 The norm of each row is detached, as in the paper's section 4.3: a constant for the gradient, made anew in every call.
 
+QLoRA (arXiv 2305.14314), `quantise`: W in 4 bits (`ftlab.methods.nf4`), A and B beside it by torch.
+
 Differs from PEFT: the base weight keeps its own name (`....q_proj.weight`), s multiplies the r-wide A x instead of the
 out-wide product, and the product is added to W x in the same call; with DoRA's dropout W x and the update are scaled
 together.
@@ -37,7 +39,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.methods.nf4 import NF4Weight, nf4_linear
 from ftlab.operators import TORCH
+from ftlab.operators.dropout import dropout
 
 __all__ = ["LoRALinear", "sample"]
 
@@ -66,6 +70,8 @@ class LoRALinear(nn.Linear):
         self.principal_B: Tensor | None
         self.register_buffer("principal_A", None, persistent=False)  # PiSSA's first A and B
         self.register_buffer("principal_B", None, persistent=False)
+        self.packed: NF4Weight | None
+        self.register_module("packed", None)  # QLoRA's weight; `weight` is then there while merged only
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.dropout_p = dropout_p
         self.operators = TORCH
@@ -94,6 +100,12 @@ class LoRALinear(nn.Linear):
         """Give the layer DoRA's magnitudes: the norms of the rows of its weight."""
         self.lora_magnitude_vector = nn.Parameter(self._norms())
 
+    @torch.no_grad()
+    def quantise(self) -> None:
+        """Keep the weight in NF4 alone (QLoRA)."""
+        self.packed = NF4Weight(self.weight)
+        self.register_parameter("weight", None)
+
     def _subtract(self, first_A: Tensor, first_B: Tensor) -> None:
         """Make the frozen weight what is left of the pretrained one beside s first_B first_A; one rounding."""
         kept = self.weight.double() - self.scale * (first_B.double() @ first_A.double())
@@ -105,7 +117,7 @@ class LoRALinear(nn.Linear):
     @property
     def merged(self) -> bool:
         """Whether the update is folded into the weight."""
-        return self._base_weight is not None
+        return self._base_weight is not None or (self.packed is not None and self.weight is not None)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the autocast dtype under autocast and in the input's dtype otherwise."""
@@ -120,8 +132,25 @@ class LoRALinear(nn.Linear):
         first = layers[0]
         p = first.dropout_p if first.training else 0.0
         active = [layer for layer in layers if layer.enabled and not layer.merged]
-        outputs = iter(first.operators.lora_linears(x, [layer.adapted() for layer in active], p) if active else ())
-        return tuple(next(outputs) if layer in active else layer._without(x) for layer in layers)
+        fused = [layer for layer in active if layer.packed is None]
+        outputs = iter(first.operators.lora_linears(x, [layer.adapted() for layer in fused], p) if fused else ())
+        dropped = dropout(x, p) if len(fused) < len(active) else x
+        return tuple(
+            next(outputs) if layer in fused else layer._apart(x, dropped if layer in active else None)
+            for layer in layers
+        )
+
+    def _apart(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        """The output of a layer that no fused operation takes; dropped: what enters A, None: no update."""
+        if self.packed is None or self.merged:
+            return self._without(x)
+        out = nf4_linear(x, self.packed, self.bias)
+        if dropped is None:
+            return out
+        if self.operators.path != "torch":
+            self.operators.taken["lora_linears", "torch, for nf4 weights"] += 1
+        low = F.linear(dropped.reshape(-1, self.in_features), self.lora_A.to(x.dtype)) * self.scale
+        return torch.addmm(out.reshape(-1, self.out_features), low, self.lora_B.to(x.dtype).t()).view(out.shape)
 
     def _without(self, x: Tensor) -> Tensor:
         """The output of a layer whose update is left out, or merged."""
@@ -142,6 +171,8 @@ class LoRALinear(nn.Linear):
 
     def _base(self) -> Tensor:
         """The frozen weight, merged or not: fp32 [out, in]."""
+        if self.packed is not None:
+            return self.packed.dequantise()
         return (self.weight if self._base_weight is None else self._base_weight).detach().float()
 
     @torch.no_grad()
@@ -228,6 +259,7 @@ class LoRALinear(nn.Linear):
     def merge(self) -> float:
         """W <- W + s B A, or DoRA's m / ||V|| V, in fp32 and rounded once. Returns ||rounding|| / ||what was added||.
 
+        A quantised weight is dequantised for it, and the merged one is fp32.
         The untouched weight is kept, since subtracting the update again would not give it back bit for bit.
         """
         if self.merged:
@@ -236,7 +268,10 @@ class LoRALinear(nn.Linear):
             delta = self.delta_weight()
         else:
             delta = self.scale * (self.lora_B.float() @ self.lora_A.float())
-        exact = self.weight.float() + delta
+        exact = self._base() + delta
+        if self.packed is not None:
+            self.weight = nn.Parameter(exact, requires_grad=False)
+            return 0.0
         self._base_weight = self.weight.detach().clone()
         self.weight.copy_(exact)
         rounding = torch.linalg.vector_norm(self.weight.float() - exact)
@@ -245,8 +280,11 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the untouched weight back, bit for bit."""
-        if self._base_weight is None:
+        if not self.merged:
             raise FtlabError("the adapter is not merged, so there is nothing to unmerge")
+        if self._base_weight is None:
+            self.register_parameter("weight", None)
+            return
         self.weight.copy_(self._base_weight)
         self._base_weight = None
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ftlab.config import (
     AdamWConfig,
@@ -27,6 +27,7 @@ from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import L2SP, Penalty, build_penalties
 from ftlab.methods import Method, make_method
 from ftlab.methods.lora import lora_leaves
+from ftlab.methods.nf4 import NF4Weight
 from ftlab.methods.trainable import TrainableTable, trainable_parameters, trainable_state_dict
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.optim.adamw import build_optimizer
@@ -48,10 +49,12 @@ METHODS: dict[str, Callable[[], MethodConfig]] = {
         rank=4, alpha=8.0, ranks=["layers.1.*:2", "mlp.*:6"], alphas=["layers.1.*:4", "mlp.*:12"]
     ),
     "dora": lambda: LoRAConfig(rank=4, alpha=8.0, dora=True),
+    "qlora": lambda: LoRAConfig(rank=4, alpha=8.0, quantize="nf4", dropout=0.1),
     "pissa": lambda: LoRAConfig(rank=4, alpha=8.0, init="pissa"),
 }
-# Starting and switched off these are the pretrained model up to the rounding of their frozen weights.
-ROUNDED = {"pissa"}
+# Starting and switched off these are the pretrained model up to the rounding of their frozen weights; the pretrained
+# model of qlora is the dequantised one.
+ROUNDED = {"pissa", "qlora"}
 every_method = pytest.mark.parametrize("name", list(METHODS))
 IDS = random_ids(2, 12, seed=11)
 
@@ -96,9 +99,19 @@ def trained(name: str, steps: int = 3) -> Applied:
     return run
 
 
+def pretrained(name: str) -> LlamaForCausalLM:
+    """What the method starts from."""
+    model = tiny_llama()
+    if name == "qlora":
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data = NF4Weight(layer.weight).dequantise()
+    return model
+
+
 def assert_pretrained(name: str, model: LlamaForCausalLM) -> None:
     """`model` computes what the pretrained one computes: bit for bit, unless `name` is in ROUNDED."""
-    ours, theirs = logits(model), logits(tiny_llama())
+    ours, theirs = logits(model), logits(pretrained(name))
     if name in ROUNDED:
         assert float((ours - theirs).norm() / theirs.norm()) < 2e-6
     else:
@@ -119,7 +132,7 @@ def test_identity_at_the_start(name: str) -> None:
 
 @every_method
 def test_training_changes_the_model(name: str) -> None:
-    assert float((logits(trained(name).model) - logits(tiny_llama())).abs().max()) > 0.01
+    assert float((logits(trained(name).model) - logits(pretrained(name))).abs().max()) > 0.01
 
 
 @every_method
@@ -206,7 +219,7 @@ def test_a_huge_strength_pulls_the_weights_back(name: str, strength: float) -> N
     Without the penalty the same steps leave the weights where they were put.
     """
     run = applied(name)
-    base = tiny_llama()
+    base = pretrained(name)
     penalty = L2SP(run.model, strength)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -195,7 +195,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
         compose([*RUN, f"method.start_from={tmp_path}"])
 
 
-@pytest.mark.parametrize("variant", ["dora", "pissa", "lora"])
+@pytest.mark.parametrize("variant", ["dora", "pissa", "qlora", "lora"])
 def test_resumed_it_is_bit_equal(variant: str, tmp_path: Path) -> None:
     settings = [f"method={variant}", "method.rank=4", "method.dropout=0.2", "checkpoint.every_steps=3"]
     whole = run(tmp_path / "whole", *settings, "checkpoint.keep_last=4")
