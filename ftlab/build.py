@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 from ftlab.assets import describe, parse_location, resolve
-from ftlab.config import Config, PretrainedConfig, RandomConfig
+from ftlab.config import Config, LoRAConfig, PretrainedConfig, RandomConfig
 from ftlab.data.loader import RowLoader
 from ftlab.data.records import Record, SourceInfo, Splits, load_records
 from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import Example, encode_all
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import Penalty, build_penalties
 from ftlab.methods import Method, make_method
+from ftlab.methods.lora import quantised_rows
 from ftlab.methods.trainable import ParameterRow
 from ftlab.models.activation_cache import ActivationCache
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
@@ -156,6 +158,8 @@ def _kept(records: list[Record], examples: list[Example]) -> list[Record]:
 def build_training(config: Config, model: LlamaForCausalLM, method: Method, precision: Precision) -> Built:
     """Method, dtypes, penalties and optimizer around a base model."""
     table = method.apply(model)
+    if (start := _start_from(config)) is not None:
+        method.load(model, start)
     precision.store(model)
     operators, kernels = select(config.kernels, precision.device, compiled=config.training.compile)
     model.use(operators)
@@ -167,7 +171,8 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     if config.training.compile:
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
-    return Built(model, method, table.rows(model), precision, penalties, optimizer, cache, kernels)
+    rows = [*table.rows(model), *quantised_rows(model)]
+    return Built(model, method, rows, precision, penalties, optimizer, cache, kernels)
 
 
 def loss_sum_of(config: Config, cache: ActivationCache | None = None) -> Any:
@@ -189,6 +194,12 @@ def total_steps(config: Config, loader: RowLoader) -> int:
     return max(1, loader.total_steps(config.training.epochs))
 
 
+def _start_from(config: Config) -> Path | None:
+    """The folder of the adapter that training begins with."""
+    method = config.method
+    return Path(method.start_from) if isinstance(method, LoRAConfig) and method.start_from is not None else None
+
+
 def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[str, str]:
     """Hashes of the contents a run depends on and that a path does not tell: model file, tokenizer, template, data."""
     digest = hashlib.sha256()
@@ -203,6 +214,8 @@ def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[st
     }
     if isinstance(config.model, PretrainedConfig):
         hashes["base model"] = str(describe(config.model.location)["sha256"])
+    if (start := _start_from(config)) is not None:
+        hashes["first adapter"] = sha256_file(start / "adapter_model.safetensors")
     return {name: value[:16] for name, value in hashes.items()}
 
 
@@ -231,11 +244,13 @@ def with_absolute_paths(resolved: dict[str, Any]) -> dict[str, Any]:
             parsed = parse_location(node)
             if parsed.kind == "file" and parsed.sha256 is None:
                 return str(Path(parsed.member).expanduser().absolute())
+        if key == "start_from" and node is not None:
+            return str(Path(node).expanduser().absolute())
         if key == "template" and isinstance(node, str) and node.endswith((".jinja", ".j2")):
             return str(Path(node).expanduser().absolute())
         return node
 
-    groups: dict[str, Any] = {name: settle(resolved[name]) for name in ("model", "data") if name in resolved}
+    groups: dict[str, Any] = {name: settle(resolved[name]) for name in ("model", "data", "method") if name in resolved}
     return {**resolved, **groups}
 
 

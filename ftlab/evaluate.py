@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateArguments", "main"]
 
-_USAGE = "usage: python -m ftlab.evaluate run=DIR [split=test] [base=also] [limit=N] [out=FILE.json]"
+_USAGE = "usage: python -m ftlab.evaluate run=DIR [split=test] [base=also] [limit=N] [adapter=DIR] [out=FILE.json]"
 
 
 @dataclass
@@ -28,6 +28,10 @@ class EvaluateArguments:
     split: str = field(default="test", metadata={"help": "train, validation or test"})
     base: str = field(
         default="no", metadata={"help": "the pretrained model too, for one before/after table: no, also or only"}
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "folder of an adapter, of ftlab or of PEFT, to score in place of what the run trained"},
     )
     limit: int | None = field(default=None, metadata={"help": "only the first N records of the split"})
     batch_size: int | None = field(default=None, metadata={"help": "examples in one forward pass; null: the run's"})
@@ -43,6 +47,8 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"base={arguments.base}: give no, also or only")
     if arguments.split not in ("train", "validation", "test"):
         raise ConfigError(f"split={arguments.split}: give train, validation or test")
+    if arguments.adapter is not None and arguments.base == "only":
+        raise ConfigError("adapter: base=only scores no adapter; give base=also")
     at_least_one(limit=arguments.limit, batch_size=arguments.batch_size)
     if arguments.out is not None:
         can_be_written("out", arguments.out)
@@ -62,7 +68,8 @@ def _run(argv: list[str]) -> int:
         data = None
         measured = {}
         for column in columns:
-            opened = open_run(Path(arguments.run), base=column == "before", ranks=ranks)
+            adapter = None if arguments.adapter is None else Path(arguments.adapter)
+            opened = open_run(Path(arguments.run), base=column == "before", ranks=ranks, adapter=adapter)
             data = data or opened.data()  # the same for both, so read once
             measured[column] = _measure(arguments, opened, data, ranks)
         if not ranks.is_main:

@@ -12,6 +12,8 @@ from ftlab import build
 from ftlab.config import Config, ParallelConfig, from_plain
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import Method
+from ftlab.methods.lora import LoRA
+from ftlab.methods.peft_folder import config_of
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
 from ftlab.operators import select
@@ -69,8 +71,11 @@ def read_config(run_dir: Path) -> tuple[Config, dict[str, Any]]:
         raise FtlabError(f"{path} cannot be read by this version of ftlab: {error}") from None
 
 
-def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None) -> OpenRun:
-    """Load the model of a run; with `base` the pretrained one, untouched."""
+def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, adapter: Path | None = None) -> OpenRun:
+    """Load the model of a run; with `base` the pretrained one, untouched.
+
+    adapter: a folder of ftlab's or PEFT's, whose adapter the pretrained model gets in place of what the run trained.
+    """
     config, record = read_config(run_dir)
     ranks = ranks or Ranks()
     tokenizer = build.build_tokenizer(config)
@@ -79,6 +84,13 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None) -> OpenRu
         model.requires_grad_(False)
         if not method.keeps_base:
             method.apply(model)  # what is stored in which dtype follows who trains
+        elif isinstance(method, LoRA) and method.config.quantize is not None:
+            method.apply(model)  # the base that the adapter sits on is the quantised one
+            method.switch_off(model)
+    elif adapter is not None:
+        method = LoRA(config_of(adapter, model))
+        method.apply(model)
+        method.load(model, adapter)
     else:
         folder = build.export_folder(run_dir, method)
         if not folder.exists():

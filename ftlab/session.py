@@ -281,7 +281,7 @@ class _Session:
             },
             parameters=rows,
             kernels={"chosen": built.kernels},
-            memory=static_memory(built.model.parameters()),
+            memory=static_memory(built.model.parameters(), built.model.buffers()),
         )
         trainable = sum(row["count"] for row in rows if row["trainable"])
         total = sum(row["count"] for row in rows)
@@ -310,10 +310,12 @@ class _Session:
             atomic_write(self.run_dir / "predictions" / f"{who}.jsonl", "\n".join(lines) + "\n")
 
     def _baseline(self, measurer: Measurer, data: build.DataSet, built: build.Built) -> None:
-        """Before a checkpoint is loaded the method is the identity, so this is the untouched model."""
+        """The untouched model: what the method adds is left out, and a whole model has not moved yet."""
         wanted = self.config.evaluation.baseline and self.config.evaluation.test and data.test
         if wanted and "base" not in self.record.content.get("scores", {}):
-            self._test(measurer, data, built, "base")
+            untouched = built.method.disabled(built.model) if built.method.keeps_base else contextlib.nullcontext()
+            with untouched:
+                self._test(measurer, data, built, "base")
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         resume, main = self.config.resume, self.ranks.is_main

@@ -194,6 +194,42 @@ def check_method(config: Config) -> None:
         targets = config.method.targets
         if not targets or not all(target.strip() for target in targets):
             raise ConfigError("method.targets: it names no layer; give for example 'method.targets=[q_proj,v_proj]'")
+        check_variants(config.method)
+        check_quantised(config, config.method)
+
+
+def check_variants(method: LoRAConfig) -> None:
+    """What of the LoRA family goes together, and the form of ranks and alphas."""
+    if method.init == "pissa" and method.dora:
+        raise ConfigError("method.dora: it starts from B = 0, method.init=pissa does not; set one of them back")
+    if method.start_from is not None and not (Path(method.start_from) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"method.start_from: {method.start_from} is not an adapter's folder: it has no adapter_config.json; give "
+            "one that PEFT wrote, or adapter/ of a run"
+        )
+    for key, number in (("ranks", r"\d+"), ("alphas", r"\d+(\.\d*)?|\.\d+")):
+        for entry in getattr(method, key):
+            pattern, _, value = entry.rpartition(":")
+            if not pattern or not re.fullmatch(number, value) or float(value) == 0:
+                raise ConfigError(
+                    f"method.{key}: {entry!r} is not PATTERN:NUMBER; give for example 'method.{key}=[q_proj:8]'"
+                )
+
+
+def check_quantised(config: Config, method: LoRAConfig) -> None:
+    """NF4 has no kernel of its own, and changes the weights that PiSSA and DoRA take apart."""
+    if method.quantize is None:
+        return
+    for key, default, other in (("init", "default", method.init == "pissa"), ("dora", "false", method.dora)):
+        if other:
+            raise ConfigError(f"method.{key}: it does not go with method.quantize=nf4; give method.{key}={default}")
+    if config.kernels in ("native", "triton"):
+        raise ConfigError(
+            f"kernels: {config.kernels} has no kernel for the weights of method.quantize=nf4; use kernels=auto, which "
+            "leaves them to torch"
+        )
+    if config.training.compile:
+        raise ConfigError("training.compile: true does not go with method.quantize=nf4; give training.compile=false")
 
 
 def check_kernels(config: Config) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from ftlab.combine import CombineArguments
 from ftlab.compose import command, compose, run_command
 from ftlab.evaluate import EvaluateArguments
 from ftlab.export import ExportArguments
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 SETTINGS = {
+    "combine": CombineArguments,
     "evaluate": EvaluateArguments,
     "export": ExportArguments,
     "fisher": FisherArguments,

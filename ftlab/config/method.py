@@ -88,6 +88,20 @@ class LoRAConfig(MethodConfig):
         lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "linear layers to adapt: a regular expression that matches the whole name or its last parts",
     )
+    ranks: list[str] = option(list, "other ranks, PATTERN:RANK of a layer's name; the first that matches decides")
+    alphas: list[str] = option(list, "other alphas, PATTERN:ALPHA of a layer's name; the first that matches decides")
+    init: str = option(
+        "default",
+        "first A and B: default (B is 0), or pissa, the principal components of the weight (arXiv 2404.02948)",
+        choices=("default", "pissa"),
+    )
+    quantize: str | None = option(
+        None, "store the adapted weights in 4 bits: nf4, QLoRA (arXiv 2305.14314); null: not", choices=("nf4",)
+    )
+    start_from: str | None = option(
+        None, "folder of an adapter, of ftlab or of PEFT, to train on from; rank, alpha, targets must be its own"
+    )
+    dora: bool = option(False, "train the norm of each row of the weight apart from its direction (arXiv 2402.09353)")
 
 
 # --- regularizer ---------------------------------------------------------------------------------------------------

@@ -60,14 +60,14 @@ class EWC(Penalty):
         adapted = _adapters(model)
         found = 0
         for name, values in fisher.items():
-            weight = parameters.get(name)
+            leaf = adapted.get(name)
+            weight = parameters.get(name) if leaf is None else leaf.pretrained_weight()
             if weight is None or weight.shape != values.shape:
                 raise FtlabError(
                     f"regularizer.ewc: {path} is of another model ({name} {list(values.shape)} is not here); start "
                     "from the model that its run ended with"
                 )
             self._digest.update(values.view(torch.uint8).numpy().data)
-            leaf = adapted.get(name)
             if leaf is None and not weight.requires_grad:
                 continue  # frozen: it stays where it is
             found += 1
@@ -87,10 +87,10 @@ class EWC(Penalty):
         """The penalty; fp32 scalar."""
         parameters = dict(model.named_parameters())
         adapted = _adapters(model)
-        terms = [self._term(parameters[held.name], adapted.get(held.name), held) for held in self.held]
+        terms = [self._term(parameters.get(held.name), adapted.get(held.name), held) for held in self.held]
         return 0.5 * self.strength * torch.stack(terms).sum()
 
-    def _term(self, weight: Tensor, leaf: AdapterLeaf | None, held: _Held) -> Tensor:
+    def _term(self, weight: Tensor | None, leaf: AdapterLeaf | None, held: _Held) -> Tensor:
         pieces = functools.partial(_weighted, weight, leaf, held)
         # Only the parameters are kept for the backward pass, not a difference as large as they are.
         term: Tensor = checkpoint(pieces, use_reentrant=False, preserve_rng_state=False)
@@ -101,16 +101,17 @@ class EWC(Penalty):
         return self._digest.hexdigest()[:16]
 
 
-def _weighted(weight: Tensor, leaf: AdapterLeaf | None, held: _Held) -> Tensor:
+def _weighted(weight: Tensor | None, leaf: AdapterLeaf | None, held: _Held) -> Tensor:
     """sum F (theta - theta*)^2 of one parameter: fp32 scalar."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(held.fisher.device.type, enabled=False):
         if leaf is None:
             assert held.anchor is not None
+            assert weight is not None
             distance = weight.float() - held.anchor
         else:
             distance = leaf.delta_weight()
             if held.anchor is not None:
-                distance = distance + (weight.detach().float() - held.anchor)
+                distance = distance + (leaf.pretrained_weight() - held.anchor)
         return (distance.square() * held.fisher).sum()
 
 

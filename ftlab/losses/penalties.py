@@ -9,6 +9,8 @@ is W0 + s B A, so the distance of such a layer is that of the effective weight, 
 
     ||s B A||_F^2 = s^2 sum_ij (B^T B)_ij (A A^T)_ij
 
+PiSSA and DoRA give the same distance, of their effective weight from the pretrained one (`AdapterLeaf`).
+
 A penalty of one's own is a subclass of `Penalty` with a name and a value, named in the configuration:
 
     class Smoothness(Penalty):
@@ -60,6 +62,9 @@ class AdapterLeaf(Protocol):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that make the update."""
+
+    def pretrained_weight(self) -> Tensor:
+        """The weight that the update is the distance from: fp32, without a gradient."""
 
     def delta_squared_norm(self) -> Tensor:
         """||update||_F^2: an fp32 scalar with a gradient."""

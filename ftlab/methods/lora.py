@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 import difflib
-import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ftlab.config import LoRAConfig
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.files import atomic_directory
 from ftlab.methods.lora_linear import LoRALinear
+from ftlab.methods.peft_folder import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    Settings,
+    config_of,
+    first_match,
+    overrides,
+    read_sample,
+    read_settings,
+    read_tensors,
+    same_sample,
+    write_folder,
+)
 from ftlab.methods.rules import adapter_table
-from ftlab.methods.trainable import TrainableTable
+from ftlab.methods.trainable import ParameterRow, TrainableTable
 from ftlab.operators import TORCH
 
-__all__ = ["LoRA", "apply_lora", "lora_leaves"]
-
-_CONFIG, _WEIGHTS, _SAMPLE = "adapter_config.json", "adapter_model.safetensors", "base_sample.safetensors"
-_PREFIX = "base_model.model."
-
-# Settings of PEFT that change what the adapter computes and that ftlab does not have.
-_UNSUPPORTED = (
-    "use_dora",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layers_to_transform",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "lora_bias",
-)
-
-_SAMPLES = 16  # numbers of each adapted weight that are kept to know the base again
-_SAMPLE_RTOL, _SAMPLE_ATOL = 2.0**-7, 1e-6  # the same base in fp32, bf16 or fp16 stays within these
+__all__ = ["LoRA", "apply_lora", "lora_leaves", "quantised_rows"]
 
 
 class LoRA:
@@ -66,30 +57,29 @@ class LoRA:
     def save(self, model: nn.Module, directory: Path, base: str) -> None:
         """Write a folder that PEFT loads: adapter_config.json and adapter_model.safetensors (fp32).
 
-        A third file holds a few numbers of each adapted base weight, by which `load` knows the base again.
+        It belongs to the pretrained weights, with PiSSA too, whose adapter is of twice the rank. A third file holds a
+        few numbers of each adapted base weight, by which `load` knows the base again.
         """
         leaves = _applied(model)
         if any(leaf.merged for leaf in leaves.values()):
             raise FtlabError("the adapter is merged into its base; unmerge it before saving")
-        settings = peft_settings(self.config, list(leaves), base)
-        weights = {name: p.detach().float().cpu().contiguous() for name, p in _peft_tensors(leaves).items()}
-        with atomic_directory(directory) as folder:
-            save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
-            save_file({name: _sample(leaf.weight) for name, leaf in leaves.items()}, folder / _SAMPLE)
-            (folder / _CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tensors = {f"{n}.{part}": t for n, leaf in leaves.items() for part, t in leaf.peft_tensors().items()}
+        sample = {name: leaf.base_sample for name, leaf in leaves.items()}
+        write_folder(directory, peft_settings(self.config, list(leaves), base), tensors, sample)
 
     def load(self, model: nn.Module, directory: Path) -> None:
-        """Read an adapter into a model that `apply` has prepared.
+        """Read an adapter, of ftlab or of PEFT, into a model that `apply` has prepared.
 
-        Errors: FtlabError if the model has no adapters or merged ones, if rank, alpha or rslora differ, if tensors are
-        missing, left over or of another shape, or if the adapter was trained on other base weights.
+        Errors: FtlabError if the model has no adapters or merged ones, if rank, alpha, rslora or dora differ, if
+        tensors are missing, left over or of another shape, or if the adapter was trained on other base weights.
         """
         leaves = _applied(model)
         if any(leaf.merged for leaf in leaves.values()):
             raise FtlabError(f"{directory}: the model's present adapter is merged; unmerge it before loading another")
-        _check_settings(self.config, directory / _CONFIG)
-        saved = _read(directory / _WEIGHTS)
-        expected = _peft_tensors(leaves)
+        settings = read_settings(directory)
+        _check_settings(self.config, settings, model, directory)
+        saved = read_tensors(directory)
+        expected = {f"{PREFIX}{n}.{part}": t for n, leaf in leaves.items() for part, t in leaf.peft_tensors().items()}
         problems = [f"missing {name}" for name in expected.keys() - saved.keys()]
         problems += [f"unexpected {name}" for name in saved.keys() - expected.keys()]
         problems += [
@@ -99,12 +89,16 @@ class LoRA:
         ]
         if problems:
             shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise FtlabError(f"{directory / _WEIGHTS} does not fit the model: {shown}; use the method and model it has")
-        if (directory / _SAMPLE).exists():
-            _check_base(leaves, directory / _SAMPLE)
-        with torch.no_grad():
-            for name, parameter in expected.items():
-                parameter.copy_(saved[name])
+            raise FtlabError(f"{directory / WEIGHTS} does not fit the model: {shown}; use the method and model it has")
+        _check_base(leaves, directory)
+        for name, leaf in leaves.items():
+            start = f"{PREFIX}{name}."
+            leaf.load_peft_tensors({part: saved[start + part] for part in leaf.peft_tensors()})
+
+    def switch_off(self, model: nn.Module) -> None:
+        """Leave the updates out from now on."""
+        for leaf in _applied(model).values():
+            leaf.enabled = False
 
     def merge(self, model: nn.Module) -> dict[str, float]:
         """Fold every adapter into its weight, in fp32. Returns each layer's relative rounding error."""
@@ -154,18 +148,27 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int) -> list[str]:
     if lora_leaves(model):
         raise FtlabError("the model has LoRA adapters already; a second set on top would train in place of the first")
     names = _matched(model, config.targets)
+    for key in ("ranks", "alphas"):
+        _refuse_idle(key, pattern_numbers(config, key), names)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
+        rank, alpha = rank_and_alpha(config, name)
         leaf = LoRALinear(
             base,
-            rank=config.rank,
-            alpha=config.alpha,
+            rank=rank,
+            alpha=alpha,
             rslora=config.rslora,
             dropout_p=config.dropout,
             generator=generator,
         )
+        if config.init == "pissa":
+            leaf.take_principal()
+        if config.dora:
+            leaf.add_magnitude()
+        if config.quantize == "nf4":
+            leaf.quantise()
         leaf.operators = getattr(model, "operators", TORCH)
         _replace(model, name, leaf)
     return names
@@ -176,16 +179,65 @@ def lora_leaves(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def quantised_rows(model: nn.Module) -> list[ParameterRow]:
+    """A row for the weights that are no parameters any more because they are quantised; none if there are none."""
+    packed = [leaf.packed for leaf in lora_leaves(model).values() if leaf.packed is not None]
+    if not packed:
+        return []
+    count = sum(weight.shape[0] * weight.shape[1] for weight in packed)
+    bits = 8 * sum(weight.nbytes for weight in packed) / count
+    return [ParameterRow(f"weights in NF4, {bits:.3f} bits each", False, len(packed), count, 1.0)]
+
+
+def pattern_numbers(config: LoRAConfig, key: str) -> dict[str, float]:
+    """method.ranks or method.alphas as numbers by pattern, in order."""
+    found: dict[str, float] = {}
+    for entry in getattr(config, key):
+        pattern, _, number = entry.rpartition(":")
+        try:
+            re.compile(pattern)
+            value = float(number)
+            good = 0 < value < math.inf and (key == "alphas" or (value.is_integer() and value <= 1024))
+        except (re.error, ValueError):
+            good = False
+        if not pattern or not good:
+            example = "q_proj:8" if key == "ranks" else "q_proj:16"
+            raise ConfigError(f"method.{key}: {entry!r} is not PATTERN:NUMBER; give for example {example}")
+        found[pattern] = value
+    return found
+
+
+def rank_and_alpha(config: LoRAConfig, name: str) -> tuple[int, float]:
+    """r and alpha of a layer."""
+    rank = first_match(pattern_numbers(config, "ranks"), name, config.rank)
+    return int(rank), first_match(pattern_numbers(config, "alphas"), name, config.alpha)
+
+
+def _refuse_idle(key: str, numbers: Mapping[str, float], names: Sequence[str]) -> None:
+    for pattern in numbers:
+        if not any(first_match({pattern: 1}, name, 0) for name in names):
+            raise ConfigError(
+                f"method.{key}: {pattern!r} matches none of the adapted layers, such as {', '.join(names[:3])}"
+            )
+
+
 def peft_settings(config: LoRAConfig, names: list[str], base: str) -> dict[str, Any]:
-    """adapter_config.json. Plain targets stay as they are; patterns become the list of matched names."""
+    """adapter_config.json. Plain targets stay as they are; patterns become the list of matched names.
+
+    PiSSA's update has twice the rank: alpha grows with it, so that the scale stays.
+    """
     plain = all(re.fullmatch(r"[\w.]+", target) for target in config.targets)
-    alpha = config.alpha
+    ranks, alphas = pattern_numbers(config, "ranks"), pattern_numbers(config, "alphas")
+    more = 2 if config.init == "pissa" else 1
+    more_alpha = math.sqrt(more) if config.rslora else more
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "r": more * config.rank,
+        "lora_alpha": _number(more_alpha * config.alpha),
+        "rank_pattern": {pattern: int(more * rank) for pattern, rank in ranks.items()},
+        "alpha_pattern": {pattern: _number(more_alpha * alpha) for pattern, alpha in alphas.items()},
         "use_rslora": config.rslora,
         "lora_dropout": config.dropout,
         "target_modules": sorted(config.targets) if plain else names,
@@ -194,8 +246,13 @@ def peft_settings(config: LoRAConfig, names: list[str], base: str) -> dict[str, 
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": config.dora,
     }
+
+
+def _number(value: float) -> float:
+    """A whole number as an int, as PEFT writes it."""
+    return int(value) if float(value).is_integer() else value
 
 
 def _matched(model: nn.Module, targets: list[str]) -> list[str]:
@@ -252,58 +309,40 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _peft_tensors(leaves: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
-    """The adapter's parameters under PEFT's names."""
-    tensors: dict[str, nn.Parameter] = {}
-    for name, leaf in leaves.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = leaf.lora_A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = leaf.lora_B
-    return tensors
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FtlabError(f"{path} cannot be read: {error}; give the folder that training wrote") from error
-
-
-def _check_settings(config: LoRAConfig, path: Path) -> None:
-    """The folder's settings must be those of `config`, and none that ftlab does not have."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FtlabError(f"{path} cannot be read: {error}; give the folder that training wrote") from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise FtlabError(f"{path} does not describe a LoRA adapter; its peft_type must be LORA")
-    foreign = [key for key in _UNSUPPORTED if settings.get(key)]
-    if settings.get("bias", "none") != "none":
-        foreign.append("bias")
-    if foreign:
-        raise FtlabError(f"{path} uses {', '.join(foreign)}, which ftlab does not have; load this adapter with PEFT")
-    ours = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.rslora}
-    differing = [
-        f"{key} is {settings.get(key)}, here {value}" for key, value in ours.items() if settings.get(key) != value
-    ]
+def _check_settings(config: LoRAConfig, settings: Settings, model: nn.Module, directory: Path) -> None:
+    """The folder's settings must make the adapters that the model has."""
+    ours = peft_settings(config, [], "")
+    differing: dict[str, None] = {}
+    for name in lora_leaves(model):
+        pairs = (
+            ("r", "rank_pattern", settings.rank_of(name), first_match(ours["rank_pattern"], name, ours["r"])),
+            (
+                *("lora_alpha", "alpha_pattern", settings.alpha_of(name)),
+                first_match(ours["alpha_pattern"], name, ours["lora_alpha"]),
+            ),
+        )
+        for key, pattern, there, here in pairs:
+            if not math.isclose(there, here, rel_tol=1e-9):
+                by_layer = bool(ours[pattern] or (settings.ranks if key == "r" else settings.alphas))
+                what = f"{pattern} of {name}" if by_layer else key
+                differing[f"{what} is {there:g}, here {here:g}"] = None
+    for key, flag in (("use_rslora", settings.rslora), ("use_dora", settings.dora)):
+        if flag != ours[key]:
+            differing[f"{key} is {flag}, here {ours[key]}"] = None
     if differing:
-        raise FtlabError(f"{path} was written by other settings: {'; '.join(differing)}; use the settings of that run")
+        wanted = overrides(config_of(directory, model))
+        raise FtlabError(
+            f"{directory / CONFIG} was written by other settings: {'; '.join(list(differing)[:5])}; use the settings "
+            f"of that run{f': {wanted}' if config.init != 'pissa' else ''}"
+        )
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """A few evenly spaced numbers of a weight: fp32 [16], or fewer of a smaller weight."""
-    flat = weight.detach().reshape(-1)
-    index = torch.arange(min(_SAMPLES, len(flat)), device=flat.device) * max(len(flat) // _SAMPLES, 1)
-    return flat[index].float().cpu()
-
-
-def _check_base(leaves: dict[str, LoRALinear], path: Path) -> None:
+def _check_base(leaves: dict[str, LoRALinear], directory: Path) -> None:
     """The base weights must be those that the adapter was trained on, up to the rounding of their dtype."""
-    saved = _read(path)
+    saved: dict[str, Tensor] | None = read_sample(directory)
     for name, leaf in leaves.items():
-        here = _sample(leaf.weight)
-        there = saved.get(name)
-        if there is None or there.shape != here.shape or not torch.allclose(here, there, _SAMPLE_RTOL, _SAMPLE_ATOL):
+        if saved is not None and not same_sample(leaf.base_sample, saved.get(name)):
             raise FtlabError(
-                f"{path.parent} was trained on other base weights ({name}.weight differs); "
-                f"load the model named in {_CONFIG}, unmerged"
+                f"{directory} was trained on other base weights ({name}.weight differs); "
+                f"load the model named in {CONFIG}, unmerged"
             )

@@ -93,17 +93,24 @@ def weight_table(model: nn.Module, config: MethodConfig, choice: Choice) -> Trai
 
 
 def adapter_table(model: nn.Module, config: LoRAConfig) -> TrainableTable:
-    """The table of LoRA's A and B; B learns `b_rate` times as fast. Own rates change those of adapters alone."""
+    """The table of LoRA's A and B, and DoRA's magnitudes; B learns `b_rate` times as fast, the others at lr.
+
+    Own rates change those of adapters alone.
+    """
     total = num_blocks(model) if config.layer_decay != 1 else 0
-    own = [Rule(rf"(?=.*lora_[AB]$){rule.pattern}", rule.trainable, rule.lr_scale) for rule in own_rules(config.rates)]
+    own = [
+        Rule(rf"(?=.*lora_(A|B|magnitude_vector)$){rule.pattern}", rule.trainable, rule.lr_scale)
+        for rule in own_rules(config.rates)
+    ]
     rules: list[Rule] = []
-    for letter, factor in (("A", 1.0), ("B", config.b_rate)):
+    parts = (("A", 1.0), ("B", config.b_rate), *([("magnitude_vector", 1.0)] if config.dora else []))
+    for part, factor in parts:
         for block in range(total):
             rate = factor * config.layer_decay ** (total - 1 - block)
-            rules.append(Rule(rf"(.*\.)?layers\.{block}\..*lora_{letter}", trainable=True, lr_scale=rate))
-        rules.append(Rule(rf"(.*\.)?lora_{letter}", trainable=True, lr_scale=factor))
+            rules.append(Rule(rf"(.*\.)?layers\.{block}\..*lora_{part}", trainable=True, lr_scale=rate))
+        rules.append(Rule(rf"(.*\.)?lora_{part}", trainable=True, lr_scale=factor))
     if config.b_rate == 1 and not total:
-        rules = [Rule(r"(.*\.)?lora_[AB]", trainable=True)]
+        rules = [Rule(r"(.*\.)?lora_(A|B|magnitude_vector)" if config.dora else r"(.*\.)?lora_[AB]", trainable=True)]
     return table(model, [*own, *rules, Rule(".*", trainable=False)], len(own))
 
 

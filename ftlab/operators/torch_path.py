@@ -48,15 +48,19 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def lora_linears(x: Tensor, adapted: Sequence[Adapted], p: float) -> tuple[Tensor, ...]:
     """Each layer's W x + b + scale * B A dropout(x) for layers that read the same x [..., in]; one dropout for all.
 
-    The adapters are computed in x's dtype. s multiplies the r-wide A x instead of the out-wide product, which is then
-    added to W x in one call.
+    With an out_scale all but b is multiplied by it. The adapters are computed in x's dtype. s multiplies the r-wide A x
+    instead of the out-wide product, which is then added to W x in one call.
     """
     rows = x.reshape(-1, x.shape[-1])
     low = F.linear(dropout(rows, p), torch.cat([layer.lora_A for layer in adapted]).to(x.dtype))
     outputs = []
     for layer, part in zip(adapted, torch.split(low, [len(layer.lora_A) for layer in adapted], -1), strict=True):
-        out = F.linear(rows, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        bias = None if layer.bias is None or layer.out_scale is not None else layer.bias.to(x.dtype)
+        out = F.linear(rows, layer.weight.to(x.dtype), bias)
         out.addmm_(part * layer.scale, layer.lora_B.to(x.dtype).t())
+        if layer.out_scale is not None:  # in its own dtype, fp32: rounded to bf16 a small change of it would be lost
+            out = out * layer.out_scale
+            out = (out if layer.bias is None else out + layer.bias).to(x.dtype)
         outputs.append(out.view(*x.shape[:-1], out.shape[-1]))
     return tuple(outputs)
 

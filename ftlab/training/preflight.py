@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftlab.data.loader import Batch
 from ftlab.errors import FtlabError
@@ -41,9 +41,12 @@ class Preflight:
         }
 
 
-def static_memory(parameters: Iterable[nn.Parameter]) -> dict[str, int]:
-    """Bytes of weights, gradients and AdamW's two moments; activations come on top and are measured."""
-    weights = gradients = 0
+def static_memory(parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor] = ()) -> dict[str, int]:
+    """Bytes of weights, gradients and AdamW's two moments; activations come on top and are measured.
+
+    buffers: what a model holds besides its parameters, such as quantised weights; they count as weights.
+    """
+    weights, gradients = sum(buffer.numel() * buffer.element_size() for buffer in buffers), 0
     for parameter in parameters:
         size = parameter.numel() * parameter.element_size()
         weights += size

@@ -234,19 +234,31 @@ def lora_linears(
 ) -> tuple[Tensor, ...]:
     """Each layer's x W^T + bias + scale * drop(x) A^T B^T for layers that read the same x [..., D]; one mask for all.
 
-    adapted: objects with weight [N, D], bias [N] or None, lora_A [r, D], lora_B [N, r], scale. Computed in x's dtype,
-    the adapters' gradients in theirs. Errors: ValueError for another dtype of x, p, or an out_scale (DoRA).
+    adapted: objects with weight [N, D], bias [N] or None, lora_A [r, D], lora_B [N, r], scale, and out_scale [N] or
+    None: with one (DoRA), all but the bias is multiplied by it, in its dtype, by torch. Computed in x's dtype, the
+    adapters' gradients in theirs. Errors: ValueError for another dtype of x, or p.
     """
     _check("lora_linears", x)
     threshold(p)
-    if any(layer.out_scale is not None for layer in adapted):
-        raise ValueError("lora_linears has no C for an out_scale")
     p = p if training else 0.0
     if p > 0 and seed is None:
         seed = draw_seed(x.device)
-    tensors = [tensor for layer in adapted for tensor in (layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
+    biases = [layer.bias if layer.out_scale is None else None for layer in adapted]
+    tensors = [
+        tensor
+        for layer, bias in zip(adapted, biases, strict=True)
+        for tensor in (layer.weight, bias, layer.lora_A, layer.lora_B)
+    ]
     outputs: tuple[Tensor, ...] = _LoRA.apply(x, p, seed, tuple(float(layer.scale) for layer in adapted), *tensors)
-    return outputs
+    return tuple(_scaled(out, layer) for out, layer in zip(outputs, adapted, strict=True))
+
+
+def _scaled(out: Tensor, layer: Any) -> Tensor:
+    """With an out_scale: out_scale * out + bias, rounded once."""
+    if layer.out_scale is None:
+        return out
+    scaled: Tensor = out * layer.out_scale
+    return (scaled if layer.bias is None else scaled + layer.bias).to(out.dtype)
 
 
 class _LoRA(torch.autograd.Function):

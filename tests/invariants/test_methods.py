@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ftlab.config import (
     AdamWConfig,
@@ -27,6 +27,7 @@ from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import L2SP, Penalty, build_penalties
 from ftlab.methods import Method, make_method
 from ftlab.methods.lora import lora_leaves
+from ftlab.methods.nf4 import NF4Weight
 from ftlab.methods.trainable import TrainableTable, trainable_parameters, trainable_state_dict
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.optim.adamw import build_optimizer
@@ -44,7 +45,16 @@ METHODS: dict[str, Callable[[], MethodConfig]] = {
     "lora with dropout": lambda: LoRAConfig(rank=4, alpha=8.0, dropout=0.3),
     "rslora": lambda: LoRAConfig(rank=4, alpha=8.0, rslora=True),
     "lora on attention": lambda: LoRAConfig(rank=2, alpha=2.0, targets=["[qkvo]_proj"]),
+    "lora of several ranks": lambda: LoRAConfig(
+        rank=4, alpha=8.0, ranks=["layers.1.*:2", "mlp.*:6"], alphas=["layers.1.*:4", "mlp.*:12"]
+    ),
+    "dora": lambda: LoRAConfig(rank=4, alpha=8.0, dora=True),
+    "qlora": lambda: LoRAConfig(rank=4, alpha=8.0, quantize="nf4", dropout=0.1),
+    "pissa": lambda: LoRAConfig(rank=4, alpha=8.0, init="pissa"),
 }
+# Starting and switched off these are the pretrained model up to the rounding of their frozen weights; the pretrained
+# model of qlora is the dequantised one.
+ROUNDED = {"pissa", "qlora"}
 every_method = pytest.mark.parametrize("name", list(METHODS))
 IDS = random_ids(2, 12, seed=11)
 
@@ -89,6 +99,25 @@ def trained(name: str, steps: int = 3) -> Applied:
     return run
 
 
+def pretrained(name: str) -> LlamaForCausalLM:
+    """What the method starts from."""
+    model = tiny_llama()
+    if name == "qlora":
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data = NF4Weight(layer.weight).dequantise()
+    return model
+
+
+def assert_pretrained(name: str, model: LlamaForCausalLM) -> None:
+    """`model` computes what the pretrained one computes: bit for bit, unless `name` is in ROUNDED."""
+    ours, theirs = logits(model), logits(pretrained(name))
+    if name in ROUNDED:
+        assert float((ours - theirs).norm() / theirs.norm()) < 2e-6
+    else:
+        assert torch.equal(ours, theirs)
+
+
 def logits(model: LlamaForCausalLM) -> Tensor:
     with torch.no_grad():
         return model(IDS)
@@ -98,12 +127,12 @@ def logits(model: LlamaForCausalLM) -> Tensor:
 def test_identity_at_the_start(name: str) -> None:
     model = applied(name).model
     for mode in (True, False):
-        assert torch.equal(logits(model.train(mode)), logits(tiny_llama()))
+        assert_pretrained(name, model.train(mode))
 
 
 @every_method
 def test_training_changes_the_model(name: str) -> None:
-    assert float((logits(trained(name).model) - logits(tiny_llama())).abs().max()) > 0.01
+    assert float((logits(trained(name).model) - logits(pretrained(name))).abs().max()) > 0.01
 
 
 @every_method
@@ -127,7 +156,7 @@ def test_disabled_equals_the_base(name: str) -> None:
     after = logits(run.model)
     if run.method.keeps_base:
         with run.method.disabled(run.model):
-            assert torch.equal(logits(run.model), logits(tiny_llama()))
+            assert_pretrained(name, run.model)
         assert torch.equal(logits(run.model), after)
     else:
         with pytest.raises(FtlabError, match="overwrites the pretrained weights"), run.method.disabled(run.model):
@@ -190,15 +219,17 @@ def test_a_huge_strength_pulls_the_weights_back(name: str, strength: float) -> N
     Without the penalty the same steps leave the weights where they were put.
     """
     run = applied(name)
-    base = tiny_llama()
+    base = pretrained(name)
     penalty = L2SP(run.model, strength)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in trainable_parameters(run.model).items():
             if not key.endswith("lora_A"):  # B = 0 is where the pretrained weights are
                 parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-    # The penalty's curvature: 2 strength for a weight, 2 strength s^2 ||A A^T|| for B, where ||A A^T|| < 1 here.
-    curvature = 2e9 * max([1.0, *(leaf.scale**2 for leaf in lora_leaves(run.model).values())])
+    # The penalty's curvature: 2 strength for a weight, at most 2 strength s^2 (||A A^T|| + ||B^T B||) for A and B.
+    norms = [(leaf.scale, (leaf.lora_A.detach(), leaf.lora_B.detach())) for leaf in lora_leaves(run.model).values()]
+    bounds = (s**2 * sum(float(torch.linalg.matrix_norm(x, 2)) ** 2 for x in pair) for s, pair in norms)
+    curvature = 2e9 * max([1.0, *bounds])
     optimizer = torch.optim.SGD(trainable_parameters(run.model).values(), lr=1 / curvature)
     run.model.eval()
     for _ in range(100):
