@@ -24,6 +24,7 @@ from ftlab.methods.trainable import ParameterRow
 from ftlab.models.activation_cache import ActivationCache
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
+from ftlab.models.noise import Noise
 from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
@@ -45,6 +46,7 @@ __all__ = [
     "fingerprints",
     "loss_sum_of",
     "model_facts",
+    "objective_of",
     "total_steps",
     "with_absolute_paths",
 ]
@@ -160,6 +162,7 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     operators, kernels = select(config.kernels, precision.device, compiled=config.training.compile)
     model.use(operators)
     model.checkpoint_blocks = config.training.activation_checkpointing
+    model.disturb(Noise.of(config.regularizer))
     penalties = build_penalties(config.regularizer, model)
     optimizer = build_optimizer(config.optimizer, model, table, triton=operators.path == "triton")
     gib = config.training.activation_cache_gib
@@ -170,10 +173,18 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     return Built(model, method, table.rows(model), precision, penalties, optimizer, cache, kernels)
 
 
-def loss_sum_of(config: Config, cache: ActivationCache | None = None) -> Any:
-    """The objective with its chunk size settled: (model, batch) -> summed nats."""
-    hidden_states = None if cache is None else cache.hidden_states
-    return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk, hidden_states=hidden_states)
+def loss_sum_of(config: Config) -> Any:
+    """What evaluation measures: (model, batch) -> summed nats, whatever the run is regularized by."""
+    return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk)
+
+
+def objective_of(config: Config, cache: ActivationCache | None = None) -> Any:
+    """What training lowers: the same sum with label smoothing, from the cached activations if there are any."""
+    return functools.partial(
+        loss_sum_of(config),
+        hidden_states=None if cache is None else cache.hidden_states,
+        smoothing=config.regularizer.label_smoothing,
+    )
 
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:
