@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftlab.assets import describe, parse_location, resolve
-from ftlab.config import Config, PretrainedConfig, RandomConfig
+from ftlab.config import Config, GradualUnfreezeConfig, PretrainedConfig, RandomConfig
 from ftlab.data.loader import RowLoader
 from ftlab.data.records import Record, SourceInfo, Splits, load_records
 from ftlab.data.templates import ChatTemplate
@@ -29,8 +29,11 @@ from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
 from ftlab.startup import without_collector
+from ftlab.training.averaging import Averaging
+from ftlab.training.loop import Hook
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, dtype_of
+from ftlab.training.unfreezing import Unfreezing
 
 __all__ = [
     "Built",
@@ -38,6 +41,7 @@ __all__ = [
     "base_location",
     "build_base",
     "build_data",
+    "build_hooks",
     "build_loader",
     "build_model",
     "build_tokenizer",
@@ -171,6 +175,16 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
     return Built(model, method, table.rows(model), precision, penalties, optimizer, cache, kernels)
+
+
+def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
+    """What acts between the steps of the loop."""
+    hooks: list[Hook] = []
+    if isinstance(config.method, GradualUnfreezeConfig):
+        hooks.append(Unfreezing(config.method, method.stages))
+    if config.regularizer.average.kind != "none":
+        hooks.append(Averaging(config.regularizer.average, total_steps))
+    return hooks
 
 
 def loss_sum_of(config: Config) -> Any:

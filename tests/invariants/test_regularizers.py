@@ -19,6 +19,7 @@ from torch import Tensor
 from ftlab import build
 from ftlab.config import (
     AdamWConfig,
+    AverageConfig,
     CheckpointConfig,
     Config,
     DropoutConfig,
@@ -36,6 +37,7 @@ from ftlab.data.loader import RowLoader
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.methods import make_method
 from ftlab.models.llama import LlamaForCausalLM
+from ftlab.training.averaging import Averaging
 from ftlab.training.checkpoint import Checkpoints
 from ftlab.training.loop import Fit, Limits, StepResult, fit
 from ftlab.training.parallel import Ranks, Replica
@@ -77,6 +79,10 @@ REGULARIZERS: dict[str, Row] = {
     **{f"dropout {p}": dropout_at(p) for p in ("embedding", "attention", "residual", "hidden", "head")},
     "stochastic depth": Row(lambda s: RegularizerConfig(stochastic_depth=s), 0.6, inside=True),
     "neftune": Row(lambda s: RegularizerConfig(neftune=s), 5.0, inside=True),
+}
+REGULARIZERS |= {
+    kind: Row(lambda s, kind=kind: RegularizerConfig(average=AverageConfig(kind if s else "none", 0.5, 0.3)), 1.0)  # type: ignore[misc]
+    for kind in ("ema", "swa")
 }
 METHODS: dict[str, Callable[[], MethodConfig]] = {
     "full": FullConfig,
@@ -141,6 +147,7 @@ def train(
         validate=lambda step: {"loss": 1.0 / step},
         micro_batch_size=data.micro_batch_size,
         on_step=on_step,
+        hooks=build.build_hooks(config, make_method(config.method, seed=0), STEPS),
     )
     if resume:
         saved = run.checkpoints.newest()
@@ -150,6 +157,9 @@ def train(
         fit(state, run)
     except Killed:
         return trace
+    for hook in run.hooks:
+        assert isinstance(hook, Averaging)
+        hook.settle(state, None)
     trace["weights"] = {key: tensor.clone() for key, tensor in state.trainable().items()}
     trace["rng"] = torch.get_rng_state()
     trace["lines"] = [line for line in tracker.lines if line["split"] == "train"]
