@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftlab.assets import describe, parse_location, resolve
-from ftlab.config import Config, LoRAConfig, PretrainedConfig, RandomConfig
+from ftlab.config import Config, GradualUnfreezeConfig, LoRAConfig, PretrainedConfig, RandomConfig
 from ftlab.data.loader import RowLoader
 from ftlab.data.records import Record, SourceInfo, Splits, load_records
 from ftlab.data.templates import ChatTemplate
@@ -26,12 +26,16 @@ from ftlab.methods.trainable import ParameterRow
 from ftlab.models.activation_cache import ActivationCache
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
+from ftlab.models.noise import Noise
 from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
 from ftlab.startup import without_collector
+from ftlab.training.averaging import Averaging
+from ftlab.training.loop import Hook
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, dtype_of
+from ftlab.training.unfreezing import Unfreezing
 
 __all__ = [
     "Built",
@@ -39,6 +43,7 @@ __all__ = [
     "base_location",
     "build_base",
     "build_data",
+    "build_hooks",
     "build_loader",
     "build_model",
     "build_tokenizer",
@@ -47,6 +52,7 @@ __all__ = [
     "fingerprints",
     "loss_sum_of",
     "model_facts",
+    "objective_of",
     "total_steps",
     "with_absolute_paths",
 ]
@@ -164,6 +170,7 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     operators, kernels = select(config.kernels, precision.device, compiled=config.training.compile)
     model.use(operators)
     model.checkpoint_blocks = config.training.activation_checkpointing
+    model.disturb(Noise.of(config.regularizer))
     penalties = build_penalties(config.regularizer, model)
     optimizer = build_optimizer(config.optimizer, model, table, triton=operators.path == "triton")
     gib = config.training.activation_cache_gib
@@ -175,10 +182,28 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     return Built(model, method, rows, precision, penalties, optimizer, cache, kernels)
 
 
-def loss_sum_of(config: Config, cache: ActivationCache | None = None) -> Any:
-    """The objective with its chunk size settled: (model, batch) -> summed nats."""
-    hidden_states = None if cache is None else cache.hidden_states
-    return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk, hidden_states=hidden_states)
+def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
+    """What acts between the steps of the loop."""
+    hooks: list[Hook] = []
+    if isinstance(config.method, GradualUnfreezeConfig):
+        hooks.append(Unfreezing(config.method, method.stages))
+    if config.regularizer.average.kind != "none":
+        hooks.append(Averaging(config.regularizer.average, total_steps))
+    return hooks
+
+
+def loss_sum_of(config: Config) -> Any:
+    """What evaluation measures: (model, batch) -> summed nats, whatever the run is regularized by."""
+    return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk)
+
+
+def objective_of(config: Config, cache: ActivationCache | None = None) -> Any:
+    """What training lowers: the same sum with label smoothing, from the cached activations if there are any."""
+    return functools.partial(
+        loss_sum_of(config),
+        hidden_states=None if cache is None else cache.hidden_states,
+        smoothing=config.regularizer.label_smoothing,
+    )
 
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:

@@ -15,7 +15,7 @@ from ftlab_kernels.check import KernelMismatchError
 
 from ftlab import build
 from ftlab.compose import config_hash, run_folder, to_yaml
-from ftlab.config import Config, GradualUnfreezeConfig, option_classes
+from ftlab.config import Config, option_classes
 from ftlab.data.loader import RowLoader
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.evaluation.measure import Measured, Measurer
@@ -24,6 +24,7 @@ from ftlab.models.tokenizer import Tokenizer
 from ftlab.operators import describe
 from ftlab.optim.schedules import make_schedule
 from ftlab.studies.report import write_report
+from ftlab.training.averaging import Averaging
 from ftlab.training.checkpoint import Checkpoints, read_checkpoint
 from ftlab.training.loop import Fit, Limits, fit, validation_steps
 from ftlab.training.parallel import Ranks, Replica, start_ranks
@@ -35,7 +36,6 @@ from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, 
 from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, changed_inputs, seed_rng
 from ftlab.training.tracking import Tracker
-from ftlab.training.unfreezing import Unfreezing
 
 __all__ = ["train"]
 
@@ -170,7 +170,7 @@ class _Session:
         saved = self._find_checkpoint()
         measurer = self._measurer(tokenizer, built)
         self._baseline(measurer, data, built)
-        replica = Replica(built.model, build.loss_sum_of(self.config, built.cache), self.ranks)
+        replica = Replica(built.model, build.objective_of(self.config, built.cache), self.ranks)
         if self.config.training.preflight:
             self._preflight(replica, loader, built, steps)
         self._resume(saved, state)
@@ -182,9 +182,11 @@ class _Session:
             resume_step=state.counters.step if saved is not None else None,
             enabled=self.ranks.is_main,
         )
-        self._fit(self._loop(replica, loader, schedule, steps, built), state, built, measurer, data)
+        run = self._loop(replica, loader, schedule, steps, built)
+        self._fit(run, state, built, measurer, data)
         if not self.config.training.preflight:
             self._tell_kernels(built)
+        self._settle(state, run)
         self._finish(state, built, measurer, data)
 
     def _read_data(self) -> tuple[Tokenizer, build.DataSet, RowLoader]:
@@ -399,9 +401,7 @@ class _Session:
             progress=self.progress,
             stop=self.stop,
             micro_batch_size=config.data.micro_batch_size,
-            hooks=[Unfreezing(config.method, built.method.stages)]
-            if isinstance(config.method, GradualUnfreezeConfig)
-            else [],
+            hooks=build.build_hooks(config, built.method, steps),
         )
 
     def _fit(self, run: Fit, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
@@ -455,8 +455,10 @@ class _Session:
             if profiler.problem:
                 self.tell(f"the profile could not be written: {profiler.problem}")
 
-    def _finish(self, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
+    def _settle(self, state: TrainState, run: Fit) -> None:
+        """Put the weights that are the result into the model: the best, their average, or the last."""
         config, counters = self.config, state.counters
+        best_step = None
         if config.checkpoint.load_best and counters.best_step >= 0:
             weights = self.checkpoints.load_best(counters.best_step) if self.ranks.is_main else None
             if weights is not None:
@@ -465,6 +467,15 @@ class _Session:
             if self.ranks.agree(weights is not None):
                 best = {"step": counters.best_step, "metric": config.checkpoint.metric, "value": counters.best_value}
                 self.record.update(best=best)
+                best_step = counters.best_step
+        for hook in run.hooks:
+            if isinstance(hook, Averaging):
+                result = hook.settle(state, best_step)
+                self.tell(result)
+                self.record.update(result=result)
+
+    def _finish(self, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
+        config, counters = self.config, state.counters
         if self.ranks.is_main:
             folder = build.export_folder(self.run_dir, built.method)
             built.method.save(built.model, folder, build.base_location(config))

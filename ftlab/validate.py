@@ -269,6 +269,33 @@ def check_regularizer(config: Config) -> None:
             raise ConfigError(f"{key}.strength: {strength} is out of range, must be at least 0")
 
 
+def check_noise(config: Config) -> None:
+    """What disturbs the model in training needs the model to be computed, and by something that can."""
+    regularizer = config.regularizer
+    places = {f"dropout.{item.name}": getattr(regularizer.dropout, item.name) for item in fields(regularizer.dropout)}
+    below_head = {name: p for name, p in places.items() if name != "dropout.head"}
+    below_head |= {"stochastic_depth": regularizer.stochastic_depth, "neftune": regularizer.neftune}
+    for name, strength in below_head.items():
+        if strength > 0 and config.training.activation_cache_gib > 0:
+            raise ConfigError(
+                f"regularizer.{name}: {strength} makes activations random, and training.activation_cache_gib keeps "
+                "them; set one of the two to 0"
+            )
+    if regularizer.neftune > 0 and config.data.share_prefix:
+        raise ConfigError(
+            "regularizer.neftune: with data.share_prefix=true the shared tokens have no length of their own document; "
+            "set data.share_prefix=false or neftune=0"
+        )
+    without_kernel = {"label_smoothing": regularizer.label_smoothing, "dropout.attention": places["dropout.attention"]}
+    without = ("label_smoothing", "dropout.attention") if config.kernels == "native" else ("dropout.attention",)
+    for name in without if config.kernels in ("native", "triton") else ():
+        if without_kernel[name] > 0:
+            raise ConfigError(
+                f"kernels: {config.kernels} has no kernel with regularizer.{name}={without_kernel[name]}; use "
+                "kernels=auto, which leaves that to torch"
+            )
+
+
 def import_target(target: str, key: str) -> Any:
     """The callable at a dotted path; what lies in the current folder is found too."""
     module_name, _, attribute = target.rpartition(".")
@@ -370,6 +397,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     check_method,
     check_kernels,
     check_regularizer,
+    check_noise,
     check_schedule,
     check_precision,
     check_evaluation,

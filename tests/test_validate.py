@@ -98,6 +98,25 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "is 0; give data.validation_fraction, or checkpoint.patience=null",
     ),
     ({"regularizer__l2_sp__strength": -1.0}, "regularizer.l2_sp.strength: -1.0 is out of range"),
+    ({"regularizer__label_smoothing": 1.0}, "regularizer.label_smoothing: 1.0 is out of range"),
+    ({"regularizer__dropout__hidden": 1.0}, "regularizer.dropout.hidden: 1.0 is out of range"),
+    (
+        {"regularizer__dropout__residual": 0.1, "training__activation_cache_gib": 1.0},
+        "regularizer.dropout.residual: 0.1 makes activations random",
+    ),
+    (
+        {"regularizer__stochastic_depth": 0.1, "training__activation_cache_gib": 1.0},
+        "regularizer.stochastic_depth: 0.1 makes activations random",
+    ),
+    ({"regularizer__neftune": 5.0, "data__share_prefix": True}, "regularizer.neftune: with data.share_prefix=true"),
+    (
+        {"regularizer__dropout__attention": 0.1, "kernels": "triton"},
+        "kernels: triton has no kernel with regularizer.dropout.attention=0.1",
+    ),
+    (
+        {"regularizer__label_smoothing": 0.1, "kernels": "native"},
+        "kernels: native has no kernel with regularizer.label_smoothing=0.1",
+    ),
 ]
 
 

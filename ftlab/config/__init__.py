@@ -34,7 +34,15 @@ from ftlab.config.optimizer import (
     WSDConfig,
 )
 from ftlab.config.options import option
-from ftlab.config.regularizer import EWCConfig, L1SPConfig, L2Config, L2SPConfig, RegularizerConfig
+from ftlab.config.regularizer import (
+    AverageConfig,
+    DropoutConfig,
+    EWCConfig,
+    L1SPConfig,
+    L2Config,
+    L2SPConfig,
+    RegularizerConfig,
+)
 from ftlab.config.run import (
     CheckpointConfig,
     EvaluationConfig,
@@ -46,12 +54,14 @@ from ftlab.config.run import (
 
 __all__ = [
     "AdamWConfig",
+    "AverageConfig",
     "BitFitConfig",
     "CheckpointConfig",
     "Config",
     "ConstantConfig",
     "CosineConfig",
     "DataConfig",
+    "DropoutConfig",
     "EWCConfig",
     "EvaluationConfig",
     "FilesDataConfig",
@@ -135,7 +145,7 @@ def from_plain(values: dict[str, Any], classes: dict[str, str]) -> Config:
     def build(cls: type[Any], plain: dict[str, Any]) -> Any:
         hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
-        plain = {key: value for key, value in plain.items() if key != "kind"}
+        plain = {key: value for key, value in plain.items() if key != "kind" or key in known}
         if unknown := sorted(plain.keys() - known):
             raise KeyError(f"{cls.__name__} has no {unknown[0]}")
         nested = {key: hints[key] for key in plain if dataclasses.is_dataclass(hints[key])}

@@ -8,6 +8,8 @@ from typing import Any
 from ftlab.config.options import option
 
 __all__ = [
+    "AverageConfig",
+    "DropoutConfig",
     "EWCConfig",
     "L1SPConfig",
     "L2Config",
@@ -48,14 +50,44 @@ class EWCConfig:
 
 
 @dataclass
+class DropoutConfig:
+    """Probabilities of dropout inside the model, by place (arXiv 1207.0580); the adapter's own is method.dropout."""
+
+    embedding: float = option(0.0, "on the token embeddings", low=0, below=1)
+    attention: float = option(0.0, "on the attention probabilities; leaves the fused attention", low=0, below=1)
+    residual: float = option(0.0, "on what attention and MLP add to the residual stream", low=0, below=1)
+    hidden: float = option(0.0, "on the activations inside the MLP", low=0, below=1)
+    head: float = option(0.0, "on what enters the LM head", low=0, below=1)
+
+
+@dataclass
+class AverageConfig:
+    """An average of the weights over training, which takes the place of the last ones."""
+
+    kind: str = option("none", "none, ema (exponential, by decay) or swa (plain mean)", choices=("none", "ema", "swa"))
+    decay: float = option(0.999, "of kind=ema: the share of the average that each sample leaves", low=0, below=1)
+    start: float = option(0.0, "share of the run's steps before the first sample", low=0, below=1)
+    every: int = option(1, "updates of the weights from one sample to the next", low=1)
+
+
+@dataclass
 class RegularizerConfig:
-    """What holds the weights back; every entry with a positive strength is added to the loss."""
+    """What holds the weights back, or disturbs the model while it trains; zero is bitwise the run without it."""
 
     l2_sp: L2SPConfig = option(L2SPConfig, "pull to the pretrained weights")
     l1_sp: L1SPConfig = option(L1SPConfig, "pull of equal force to the pretrained weights")
     l2: L2Config = option(L2Config, "pull to zero")
     ewc: EWCConfig = option(EWCConfig, "pull to the weights of earlier tasks")
+    label_smoothing: float = option(
+        0.0, "share of each target spread evenly over the vocabulary, in training only", low=0, below=1
+    )
+    dropout: DropoutConfig = option(DropoutConfig, "dropout inside the model, by place")
+    stochastic_depth: float = option(
+        0.0,
+        "probability that the last block is left out of a micro-batch; falls linearly towards the first",
+        low=0,
+        below=1,
+    )
+    neftune: float = option(0.0, "alpha of the uniform noise on embeddings, alpha / sqrt(L d) at most", low=0)
+    average: AverageConfig = option(AverageConfig, "an average of the weights as the result")
     extra: dict[str, Any] = option(dict, "your own penalties: name -> {_target_: module.Class, ...arguments}")
-
-
-# --- optimizer and schedule ----------------------------------------------------------------------------------------

@@ -58,7 +58,11 @@ class SupervisedModel(Protocol):
 
 
 def supervised_cross_entropy(
-    model: SupervisedModel, batch: SupervisedBatch, chunk: int, hidden_states: HiddenStates | None = None
+    model: SupervisedModel,
+    batch: SupervisedBatch,
+    chunk: int,
+    hidden_states: HiddenStates | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """The summed cross entropy, in nats, of the positions of `batch` that have a label; an fp32 scalar.
 
@@ -66,7 +70,7 @@ def supervised_cross_entropy(
     None, which data-parallel training relies on.
 
     hidden_states: computes them instead of the model itself, from the model and the batch's tokens, positions and
-    documents; `ActivationCache.hidden_states` is one.
+    documents; `ActivationCache.hidden_states` is one. smoothing: the label smoothing, which is for training only.
     """
     where = (batch.input_ids, batch.position_ids, batch.documents)
     hidden_BTD = model.hidden_states(*where) if hidden_states is None else hidden_states(model, *where)
@@ -74,4 +78,4 @@ def supervised_cross_entropy(
     supervised_N = torch.nonzero(labels != IGNORED).squeeze(1)
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, supervised_N)
     labels_N = labels.index_select(0, supervised_N)
-    return model.operators.linear_cross_entropy(hidden_ND, model.head_weight, labels_N, chunk)
+    return model.operators.linear_cross_entropy(hidden_ND, model.head_weight, labels_N, chunk, smoothing)

@@ -198,22 +198,26 @@ def sdpa(
     causal: bool,
     mask_BTS: Tensor | None = None,
     operators: Operators = TORCH,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for grouped heads: query head h reads key head h // (H / K). Returns [B, T, H, D].
 
-    causal: query t sees the keys 0 .. S - T + t.
+    causal: query t sees the keys 0 .. S - T + t. dropout_p: on the softmax, by torch's own attention; on a CPU that
+    keeps the scores [H, T, S] in memory.
     """
     B, T, H, D = q_BTHD.shape
     K = k_BSKD.shape[2]
     q, k, v = q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
     mask = None if mask_BTS is None else mask_BTS[:, None]
-    if T == 1 and K != H and not causal:
+    if T == 1 and K != H and not causal and dropout_p == 0:
         # The queries of a group share keys and mask: as extra query positions they need no copy of the cache.
         if mask is not None:
             mask = mask.expand(B, 1, H // K, -1)
         out = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, attn_mask=mask)
         return out.reshape(B, 1, H, D)
-    if causal and T <= MAX_SHORT and q.device.type == "cpu" and q.requires_grad:
+    if dropout_p > 0 and operators.path != "torch":
+        operators.taken["causal_attention", "torch, for attention dropout"] += 1
+    elif causal and dropout_p == 0 and T <= MAX_SHORT and q.device.type == "cpu" and q.requires_grad:
         return operators.causal_attention(q, k, v).transpose(1, 2)
     S = k.shape[2]
     if causal and S > T:  # torch's own causal mask begins at the first key, this one at key S - T
@@ -222,12 +226,19 @@ def sdpa(
     if grouped and q.is_cuda and q.dtype == torch.float32:
         # No fused CUDA kernel takes grouped fp32 heads; without this, [T, T] scores would be stored.
         k, v, grouped = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1), False
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, enable_gqa=grouped
+    )
     return out.transpose(1, 2)
 
 
 def document_attention(
-    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents, operators: Operators = TORCH
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    documents: Documents,
+    operators: Operators = TORCH,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Causal attention inside each document, and to the whole shared prefix if there is one. Returns [B, T, H, D].
 
@@ -235,11 +246,11 @@ def document_attention(
     """
     # The note to the compiler imports it when it is first called, a second that only torch.compile should cost.
     inside = _outside_compiled if torch.compiler.is_compiling() else _document_attention
-    return inside(q_BTHD, k_BTKD, v_BTKD, documents, operators)
+    return inside(q_BTHD, k_BTKD, v_BTKD, documents, operators, dropout_p)
 
 
 def _document_attention(
-    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents, operators: Operators
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents: Documents, operators: Operators, dropout_p: float
 ) -> Tensor:
     """Documents go into right-padded buckets. With a causal kernel no real query sees the padding behind it, so no mask
     is built and each document's result is bitwise independent of every other document.
@@ -247,13 +258,14 @@ def _document_attention(
     B, T = q_BTHD.shape[:2]
     if documents.total != B * T:
         raise ValueError(f"the documents hold {documents.total} tokens but the batch holds {B} x {T}")
-    if operators.packed_attention is not None and not documents.shared_prefix:
+    if operators.packed_attention is not None and not documents.shared_prefix and dropout_p == 0:
         return operators.packed_attention(q_BTHD, k_BTKD, v_BTKD, documents.lengths)
     flat = [x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD)]
     if documents.uniform:
         bucket = documents.buckets[0]
         q, k, v = (x.view(bucket.count, bucket.longest, *x.shape[1:]) for x in flat)
-        return sdpa(q, k, v, causal=True, operators=operators).reshape(q_BTHD.shape)
+        out = sdpa(q, k, v, causal=True, operators=operators, dropout_p=dropout_p)
+        return out.reshape(q_BTHD.shape)
     layout = documents.layout
     q_P, k_P, v_P = (  # torch gives Function.apply no types
         PadDocuments.apply(x, layout.gather, layout.inverse)  # type: ignore[no-untyped-call]
@@ -269,7 +281,7 @@ def _document_attention(
             shaped[1:] = [torch.cat(both, dim=1) for both in zip(before, shaped[1:], strict=True)]
         elif documents.shared_prefix:
             prefix = shaped[1:]
-        outputs.append(sdpa(*shaped, causal=True, operators=operators).flatten(0, 1))
+        outputs.append(sdpa(*shaped, causal=True, operators=operators, dropout_p=dropout_p).flatten(0, 1))
     out_N: Tensor = UnpadDocuments.apply(torch.cat(outputs), layout.inverse)  # type: ignore[no-untyped-call]
     return out_N.view(q_BTHD.shape)
 
@@ -285,6 +297,7 @@ def attention(
     documents: Documents | None = None,
     mask_BTS: Tensor | None = None,
     operators: Operators = TORCH,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention of T queries to S keys, the queries being the last T positions. Returns [B, T, H, D] in q's dtype.
 
@@ -295,8 +308,9 @@ def attention(
     if documents is not None:
         if mask_BTS is not None or q_BTHD.shape[1] != k_BSKD.shape[1]:
             raise ValueError("packed documents take neither a mask nor a cache")
-        return document_attention(q_BTHD, k_BSKD, v_BSKD, documents, operators)
+        return document_attention(q_BTHD, k_BSKD, v_BSKD, documents, operators, dropout_p)
     T, S = q_BTHD.shape[1], k_BSKD.shape[1]
     if mask_BTS is None and T not in (1, S):
         raise ValueError(f"{T} queries over {S} keys need an explicit mask")
-    return sdpa(q_BTHD, k_BSKD, v_BSKD, causal=mask_BTS is None and T > 1, mask_BTS=mask_BTS, operators=operators)
+    causal = mask_BTS is None and T > 1
+    return sdpa(q_BTHD, k_BSKD, v_BSKD, causal=causal, mask_BTS=mask_BTS, operators=operators, dropout_p=dropout_p)

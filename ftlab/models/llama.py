@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ftlab.models.attention import Documents, attention
 from ftlab.models.configuration import LlamaConfig
+from ftlab.models.noise import QUIET, Noise, embedding_noise, left_out
 from ftlab.operators import TORCH, Operators
+from ftlab.operators.dropout import dropout
 
 __all__ = ["KVCache", "LlamaConfig", "LlamaForCausalLM", "RMSNorm", "rotary_frequencies"]
 
@@ -162,6 +164,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.operators = TORCH
+        self.noise = QUIET
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
@@ -179,7 +182,13 @@ class Attention(nn.Module):
         if context.cache is not None:
             k_BSKE, v_BSKE = context.cache.append(self.layer, k_BSKE, v_BSKE)
         out = attention(
-            q_BTHE, k_BSKE, v_BSKE, documents=context.documents, mask_BTS=context.mask, operators=self.operators
+            q_BTHE,
+            k_BSKE,
+            v_BSKE,
+            documents=context.documents,
+            mask_BTS=context.mask,
+            operators=self.operators,
+            dropout_p=self.noise.attention if self.training else 0.0,
         )
         projected: Tensor = self.o_proj(out.reshape(B, T, -1))
         return projected
@@ -191,13 +200,15 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.operators = TORCH
+        self.noise = QUIET
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        out: Tensor = self.down_proj(self.operators.swiglu(*project(x, (self.gate_proj, self.up_proj))))
+        hidden = self.operators.swiglu(*project(x, (self.gate_proj, self.up_proj)))
+        out: Tensor = self.down_proj(dropout(hidden, self.noise.hidden if self.training else 0.0))
         return out
 
 
@@ -210,6 +221,8 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
+        self.noise = QUIET
+        self.keep = 1.0
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -217,9 +230,14 @@ class Block(nn.Module):
 
     def forward(self, h_BTD: Tensor, update_BTD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         """[B, T, D] each -> [B, T, D] each."""
+        p, keep = (self.noise.residual, self.keep) if self.training else (0.0, 1.0)
         normed_BTD, h_BTD = self.input_layernorm.add(h_BTD, update_BTD)
-        normed_BTD, h_BTD = self.post_attention_layernorm.add(h_BTD, self.self_attn(normed_BTD, context))
-        return h_BTD, self.mlp(normed_BTD)
+        attended_BTD = dropout(self.self_attn(normed_BTD, context), p)
+        normed_BTD, between_BTD = self.post_attention_layernorm.add(h_BTD, attended_BTD)
+        out_BTD = dropout(self.mlp(normed_BTD), p)
+        if keep < 1:
+            return h_BTD, (attended_BTD + out_BTD) / keep
+        return between_BTD, out_BTD
 
 
 class Decoder(nn.Module):
@@ -245,6 +263,7 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.checkpoint_blocks = False
         self.operators = TORCH
+        self.noise = QUIET
         self.lm_head: nn.Linear | None = None
         with torch.device("meta"):
             self.model = Decoder(config)
@@ -261,6 +280,14 @@ class LlamaForCausalLM(nn.Module):
         for module in self.modules():
             if hasattr(module, "operators"):
                 module.operators = operators  # type: ignore[assignment]
+
+    def disturb(self, noise: Noise) -> None:
+        """Compute with this noise in training mode."""
+        for module in self.modules():
+            if hasattr(module, "noise"):
+                module.noise = noise  # type: ignore[assignment]
+        for number, block in enumerate(self.model.layers):
+            block.keep = noise.keep(number, len(self.model.layers))  # type: ignore[assignment]
 
     @property
     def head_weight(self) -> Tensor:
@@ -290,12 +317,12 @@ class LlamaForCausalLM(nn.Module):
         gives it: the embedding and the blocks below are left out.
         """
         context = self._context(input_ids_BT, position_ids_BT, documents, cache, mask_BS)
-        first, h_BTD = (0, self.model.embed_tokens(input_ids_BT)) if entry is None else entry
+        first, h_BTD = (0, self._embed(input_ids_BT, documents)) if entry is None else entry
         h_BTD, update_BTD = self._run_blocks(h_BTD, first, len(self.model.layers), context)
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
         out: Tensor = self.model.norm.add(h_BTD, update_BTD)[0]
-        return out
+        return dropout(out, self.noise.head if self.training else 0.0)
 
     def stream_at(self, layer: int, input_ids_BT: Tensor) -> Tensor:
         """The residual stream that enters block `layer`, [B, T, D], for rows of plain causal tokens."""
@@ -305,7 +332,7 @@ class LlamaForCausalLM(nn.Module):
 
     def frozen_depth(self) -> int:
         """How many blocks from the first on neither train nor draw dropout; 0 if the embedding trains."""
-        if self.model.embed_tokens.weight.requires_grad:
+        if self.model.embed_tokens.weight.requires_grad or self.noise.below_head:
             return 0
         for depth, block in enumerate(self.model.layers):
             dropout = any(getattr(module, "dropout_p", 0) > 0 for module in block.modules())
@@ -313,11 +340,24 @@ class LlamaForCausalLM(nn.Module):
                 return depth
         return len(self.model.layers)
 
+    def _embed(self, input_ids_BT: Tensor, documents: Documents | None) -> Tensor:
+        """The embeddings [B, T, D], disturbed in training mode."""
+        h_BTD: Tensor = self.model.embed_tokens(input_ids_BT)
+        if not self.training:
+            return h_BTD
+        if self.noise.neftune > 0:
+            h_BTD = embedding_noise(h_BTD, documents, self.noise.neftune)
+        return dropout(h_BTD, self.noise.embedding)
+
     def _run_blocks(self, h_BTD: Tensor, first: int, end: int, context: Context) -> tuple[Tensor, Tensor | None]:
         """The stream after blocks first .. end - 1, and the update that is still to be added to it."""
         run = self._block_runner(context.cache)
         update_BTD: Tensor | None = None
-        for block in self.model.layers[first:end]:
+        random_depth = self.training and self.noise.depth > 0
+        for number, block in enumerate(self.model.layers[first:end], first):
+            if random_depth and float(torch.rand(())) >= self.noise.keep(number, len(self.model.layers)):
+                h_BTD = left_out(h_BTD, block)
+                continue
             h_BTD, update_BTD = run(block, h_BTD, update_BTD, context)
         return h_BTD, update_BTD
 

@@ -20,7 +20,7 @@ AddNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Rope = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Gate = Callable[[Tensor, Tensor], Tensor]
 LoRALinears = Callable[[Tensor, Sequence[Adapted], float], tuple[Tensor, ...]]
-LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+LinearCrossEntropy = Callable[..., Tensor]  # hidden, weight, labels, chunk, and a smoothing that may be left out
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 PackedAttention = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 

@@ -34,8 +34,8 @@ def checked_operators(operators: Operators) -> Operators:
     def lora_linears(x: Tensor, adapted: Sequence[Adapted], p: float, seed: Tensor | None = None) -> Any:
         return lora.reference(x, adapted, p=p, seed=seed)
 
-    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        return reference_cross_entropy(hidden, weight, labels)
+    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:
+        return reference_cross_entropy(hidden, weight, labels, smoothing)
 
     return replace(
         operators,

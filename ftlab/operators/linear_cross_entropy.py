@@ -2,7 +2,10 @@
 
 Letters: N rows, C rows in one chunk, R rows in one row block, V vocabulary, D hidden width.
 
-    loss = sum_n [ log sum_v exp(z_nv) - z_n,label(n) ],    z = h W^T,    dloss/dz = softmax(z) - onehot(label)
+    loss = sum_n [ log sum_v exp(z_nv) - sum_v q_nv z_nv ],    z = h W^T,    dloss/dz = softmax(z) - q
+    q_n = (1 - e) onehot(label(n)) + e / V
+
+e is the label smoothing (arXiv 1512.00567, section 7); with 0 the loss is log sum_v exp(z_nv) - z_n,label(n).
 
 Each chunk's logits turn into their own gradient in place while they are at hand, and from that into the gradients of h
 and W; the backward pass only scales those. Nothing of size V outlives a chunk except W's gradient, when W trains.
@@ -32,17 +35,23 @@ IGNORED = -100  # the label of a position that is not supervised
 _BLOCK_ELEMENTS = 1 << 20
 _ROW_MULTIPLE = 64  # positions in a product with the head, for few shapes
 
-Rows = Callable[[Tensor, Tensor, bool], Tensor]
-"""(logits [C, V], labels [C], gradient) -> summed loss; with gradient, logits become softmax - onehot in place."""
+Rows = Callable[[Tensor, Tensor, bool, float], Tensor]
+"""(logits [C, V], labels [C], gradient, smoothing) -> summed loss; with gradient, logits become softmax - q."""
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, rows: Rows | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    chunk: int,
+    smoothing: float = 0.0,
+    rows: Rows | None = None,
 ) -> Tensor:
     """Sum over n of the cross entropy of softmax(weight @ hidden[n]) against labels[n], `chunk` positions at a time.
 
-    Labels are in [0, V). rows: what turns a chunk's logits into loss and gradient; torch's own if None. Returns an
-    fp32 scalar (fp64 if `hidden_ND` is fp64), differentiable once with respect to `hidden_ND` and `weight_VD`.
+    Labels are in [0, V). smoothing: e in [0, 1). rows: what turns a chunk's logits into loss and gradient; torch's own
+    if None. Returns an fp32 scalar (fp64 if `hidden_ND` is fp64), differentiable once with respect to
+    `hidden_ND` and `weight_VD`.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
@@ -51,16 +60,16 @@ def linear_cross_entropy(
     compute = torch.get_autocast_dtype(device_type) if autocast else hidden_ND.dtype
     # Inside a Function gradients are always off, so whether they are wanted has to be asked here.
     wanted = (hidden_ND.requires_grad, weight_VD.requires_grad) if torch.is_grad_enabled() else (False, False)
-    how = (chunk, compute, rows or rows_in_torch)
+    how = (chunk, compute, rows or rows_in_torch, smoothing)
     loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, how, wanted)  # type: ignore[no-untyped-call]
     return loss
 
 
-def reference_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+def reference_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, smoothing: float = 0.0) -> Tensor:
     """The same sum from all logits at once, by torch's own cross entropy; what the tests compare with."""
     logits_NV = F.linear(hidden_ND, weight_VD)
     precise = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return F.cross_entropy(precise, labels_N, reduction="sum", ignore_index=IGNORED)
+    return F.cross_entropy(precise, labels_N, reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -72,10 +81,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         labels_N: Tensor,
-        how: tuple[int, torch.dtype, Rows],
+        how: tuple[int, torch.dtype, Rows, float],
         wanted: tuple[bool, bool],
     ) -> Tensor:
-        chunk, compute, rows = how
+        chunk, compute, rows, smoothing = how
         wants_hidden, wants_weight = wanted
         precise = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -93,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 hidden_CD = _fill_rows(hidden_ND[start : start + chunk].to(compute), multiple)
                 logits_CV = logits_buffer[: len(hidden_CD)]
                 torch.mm(hidden_CD, weight.t(), out=logits_CV)
-                loss += rows(logits_CV[: len(labels_C)], labels_C, any(wanted))
+                loss += rows(logits_CV[: len(labels_C)], labels_C, any(wanted), smoothing)
                 if d_hidden_ND is not None:
                     d_hidden_ND[start : start + chunk] = (logits_CV @ weight)[: len(labels_C)]
                 if d_weight_VD is not None:
@@ -119,8 +128,8 @@ def _fill_rows(hidden_CD: Tensor, multiple: int) -> Tensor:
     return F.pad(hidden_CD, (0, 0, 0, missing)) if missing else hidden_CD
 
 
-def rows_in_torch(logits_CV: Tensor, labels_C: Tensor, gradient: bool) -> Tensor:
-    """The chunk's summed loss; with `gradient`, logits are overwritten by softmax - onehot.
+def rows_in_torch(logits_CV: Tensor, labels_C: Tensor, gradient: bool, smoothing: float = 0.0) -> Tensor:
+    """The chunk's summed loss; with `gradient`, logits are overwritten by softmax - q.
 
     The softmax runs in fp32 (fp64 for fp64 logits), through one buffer of a few rows: the maximum is taken off first,
     and the label's entry is lowered by 1 before rounding, so that p - 1 keeps its relative precision where p is close
@@ -137,12 +146,16 @@ def rows_in_torch(logits_CV: Tensor, labels_C: Tensor, gradient: bool) -> Tensor
         p_RV = buffer[: len(logits_RV)].copy_(logits_RV)
         p_RV -= p_RV.amax(dim=-1, keepdim=True)
         shifted_R1 = p_RV.gather(1, label_R1)
+        if smoothing:
+            shifted_R1 = (1 - smoothing) * shifted_R1 + smoothing * p_RV.mean(dim=-1, keepdim=True)
         p_RV.exp_()
         sum_R1 = p_RV.sum(dim=-1, keepdim=True)
         total += (sum_R1.log() - shifted_R1).sum()
         if gradient:
             p_RV /= sum_R1
-            p_RV.scatter_(1, label_R1, p_RV.gather(1, label_R1) - 1)
+            if smoothing:
+                p_RV -= smoothing / vocabulary
+            p_RV.scatter_(1, label_R1, p_RV.gather(1, label_R1) - (1 - smoothing))
             logits_RV.copy_(p_RV)
     return total
 

@@ -51,13 +51,18 @@ def native_operators(*, required: bool = False) -> Operators:
             return cpu.lora_linears(x, adapted, p=p, seed=seed)
         return torch_path.lora_linears(x, adapted, p)
 
-    def rows(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    def rows(logits: Tensor, labels: Tensor, gradient: bool, smoothing: float) -> Tensor:
+        if smoothing:
+            if required:
+                raise FtlabError("kernels=native: there is no C for label smoothing; use kernels=auto")
+            taken["linear_cross_entropy", "torch, for label smoothing"] += 1
+            return rows_in_torch(logits, labels, gradient, smoothing)
         if fits("linear_cross_entropy", (logits,)):
             return cpu.cross_entropy_(logits, labels, gradient=gradient).sum()
         return rows_in_torch(logits, labels, gradient)
 
-    def head(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels, chunk, rows)
+    def head(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, chunk, smoothing, rows)
 
     fused_add = route("add_rms_norm", cpu.add_rms_norm, torch_path.add_rms_norm, 2)
     return Operators(

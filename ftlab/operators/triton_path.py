@@ -61,10 +61,10 @@ def triton_operators(*, required: bool = False) -> Operators:
             return lora.lora_linears(x, adapted, p=p, seed=seed)
         return torch_path.lora_linears(x, adapted, p)
 
-    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:
         if fits("linear_cross_entropy", (hidden,)):
-            return head.linear_cross_entropy(hidden, weight, labels, ignore_index=None)
-        return linear_cross_entropy(hidden, weight, labels, chunk)
+            return head.linear_cross_entropy(hidden, weight, labels, ignore_index=None, label_smoothing=smoothing)
+        return linear_cross_entropy(hidden, weight, labels, chunk, smoothing)
 
     def packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
         taken["packed_attention", f"torch's {attention.choose_backend(q.device, q.dtype, q.shape[-1])}"] += 1

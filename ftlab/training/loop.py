@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -105,11 +105,21 @@ def validation_steps(total_steps: int, every_steps: int | None, times: int) -> f
     return frozenset(round(total_steps * (i + 1) / times) for i in range(times)) - {0}
 
 
-class Hook(Protocol):
-    """What a method does between steps. What it must remember stands in the state's counters."""
+class Hook:
+    """What a method or a regularizer does between steps; each of these does nothing until it is overridden.
+
+    What it must remember stands in the state's counters or its memory.
+    """
 
     def before_step(self, state: TrainState, run: Fit) -> None:
         """Called before each step, on every rank."""
+
+    def after_step(self, state: TrainState, run: Fit, result: StepResult) -> None:
+        """Called after each step, once it is counted, on every rank."""
+
+    def validating(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
+        """Around each validation and the keeping of the weights that it found best, on every rank."""
+        return contextlib.nullcontext()
 
     def after_validation(self, state: TrainState, run: Fit, *, better: bool) -> None:
         """Called after each validation, before its checkpoint; better: than every one before."""
@@ -165,6 +175,8 @@ def fit(state: TrainState, run: Fit) -> None:
             max_grad_norm=run.limits.max_grad_norm,
         )
         _count(state, result, ids)
+        for hook in run.hooks:
+            hook.after_step(state, run, result)
         run.log_tokens += result.tokens
         if run.on_step is not None:
             run.on_step(step, result, ids)
@@ -260,15 +272,28 @@ def _validate_if_due(state: TrainState, run: Fit) -> None:
     The state is saved before, so that being stopped meanwhile loses nothing, and after, so that a checkpoint never
     calls weights the best that do not stand beside it.
     """
-    counters, ranks = state.counters, run.replica.ranks
+    counters = state.counters
     if run.validate is None or counters.step not in run.limits.validate_at or counters.validated_step >= counters.step:
         return
     begin = time.monotonic()
     if counters.step != run.saved_step:
         save_state(state, run)
+    with contextlib.ExitStack() as around:
+        for hook in run.hooks:
+            around.enter_context(hook.validating(state))
+        better = _validate(state, run, run.validate)
+    for hook in run.hooks:
+        hook.after_validation(state, run, better=better)
+    save_state(state, run)
+    run.log_time += time.monotonic() - begin
+
+
+def _validate(state: TrainState, run: Fit, validate: Callable[[int], Mapping[str, float]]) -> bool:
+    """Whether the weights are better than at every validation before; if so they are kept."""
+    counters, ranks = state.counters, run.replica.ranks
     # Several ranks must leave a validation together, so there a signal waits for its end.
     with run.stop.at_once() if ranks.world == 1 else contextlib.nullcontext():
-        values = run.validate(counters.step)
+        values = validate(counters.step)
     counters.validated_step = counters.step
     metric = run.checkpoint.metric
     if metric not in values:
@@ -282,10 +307,7 @@ def _validate_if_due(state: TrainState, run: Fit) -> None:
             counters.best_step, counters.best_value, counters.worse_in_a_row = counters.step, value, 0
     else:
         counters.worse_in_a_row += 1
-    for hook in run.hooks:
-        hook.after_validation(state, run, better=better)
-    save_state(state, run)
-    run.log_time += time.monotonic() - begin
+    return better
 
 
 def _out_of_patience(state: TrainState, run: Fit) -> bool:

@@ -94,7 +94,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 @dataclass
 class TrainState:
-    """Model, optimizer, scaler, counters, generators and the identity of the penalties' anchors.
+    """Model, optimizer, scaler, counters, generators, what hooks remember, and the identity of the penalties' anchors.
 
     What trains is settled when this is made: parameters whose turn comes later belong to it too.
     """
@@ -106,6 +106,7 @@ class TrainState:
     inputs: dict[str, str] = field(default_factory=dict)  # what the run reads, by name: hashes of contents
     penalty_fingerprints: dict[str, str] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    memory: dict[str, Any] = field(default_factory=dict)  # plain containers of tensors, numbers and strings, by hook
 
     def __post_init__(self) -> None:
         self._trained = frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
@@ -121,6 +122,7 @@ class TrainState:
             "config_hash": self.config_hash,
             "world": len(rng_by_rank),
             "counters": asdict(self.counters),
+            "memory": self.memory,
             "weights": self.trainable(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
@@ -155,6 +157,7 @@ class TrainState:
         if saved["scaler"]:
             self.precision.scaler.load_state_dict(saved["scaler"])
         self.counters = Counters(**saved["counters"])
+        self.memory = saved["memory"]
         if world == saved["world"]:
             restore_rng(saved["rng"][rank])
             return []

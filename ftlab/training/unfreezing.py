@@ -8,20 +8,17 @@ below the lowest one that trains no graph is built.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ftlab.config import GradualUnfreezeConfig
-
-if TYPE_CHECKING:
-    from ftlab.training.loop import Fit
-    from ftlab.training.state import TrainState
+from ftlab.training.loop import Fit, Hook
+from ftlab.training.state import TrainState
 
 __all__ = ["Unfreezing"]
 
 
-class Unfreezing:
+class Unfreezing(Hook):
     """A hook of the loop that lets the names of `stages` train one stage after the other.
 
     With the triggers `step` and `epoch` the stage is a function of where the run stands; with `stall` it is counted in

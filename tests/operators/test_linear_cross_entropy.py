@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from ftlab_kernels.native import why_not_native
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ftlab.errors import FtlabError
 from ftlab.losses.cross_entropy import supervised_cross_entropy
+from ftlab.operators import TORCH, select
 from ftlab.operators import linear_cross_entropy as module
 from ftlab.operators.linear_cross_entropy import linear_cross_entropy, reference_cross_entropy
 from tests.helpers.models import random_ids, tiny_llama
@@ -162,3 +165,36 @@ def test_no_tensor_is_as_large_as_all_logits(dtype: torch.dtype, trains: bool) -
 def test_chunk_must_be_positive() -> None:
     with pytest.raises(ValueError, match="chunk"):
         linear_cross_entropy(*problem(), chunk=0)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_label_smoothing_is_torchs(smoothing: float, native: bool) -> None:
+    operators, line = select("auto", torch.device("cpu")) if native else (TORCH, "")
+    if native and operators.path != "native":
+        pytest.skip(line)
+    hidden, weight, labels = problem()
+    logits = F.linear(hidden, weight)
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    reference = value_and_gradients(expected, hidden, weight)
+    loss = operators.linear_cross_entropy(hidden, weight, labels, 8, smoothing)
+    for ours, theirs in zip(value_and_gradients(loss, hidden, weight), reference, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    if native:
+        way = "torch, for label smoothing" if smoothing else "native"
+        assert {path for name, path in operators.taken if name == "linear_cross_entropy"} == {way}
+
+
+def test_no_label_smoothing_is_bitwise_the_plain_loss() -> None:
+    hidden, weight, labels = problem()
+    plain = value_and_gradients(linear_cross_entropy(hidden, weight, labels, 8), hidden, weight)
+    zero = value_and_gradients(linear_cross_entropy(hidden, weight, labels, 8, 0.0), hidden, weight)
+    assert all(torch.equal(one, other) for one, other in zip(plain, zero, strict=True))
+
+
+def test_required_native_kernels_refuse_label_smoothing() -> None:
+    if why_not_native() is not None:
+        pytest.skip(why_not_native() or "")
+    operators, _ = select("native", torch.device("cpu"))
+    with pytest.raises(FtlabError, match="no C for label smoothing"):
+        operators.linear_cross_entropy(*problem(), 8, 0.1)

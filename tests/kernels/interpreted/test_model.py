@@ -14,6 +14,7 @@ from ftlab.methods.trainable import Rule, TrainableTable
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.operators import NAMES, TORCH, Operators, describe
 from ftlab.operators.checked_path import checked_operators
+from ftlab.operators.linear_cross_entropy import reference_cross_entropy
 from ftlab.operators.triton_path import triton_operators
 from ftlab.optim.adamw import build_optimizer
 from ftlab.training.loop import train_step
@@ -141,3 +142,19 @@ def test_a_step_that_is_not_finite_moves_nothing() -> None:
     assert not applied
     assert norm == float("inf")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_label_smoothing_goes_through_the_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).to(device()).requires_grad_() for n in (9, 50))
+    labels = torch.randint(50, (9,), generator=generator).to(device())
+    operators = triton_operators(required=True)
+    ours = operators.linear_cross_entropy(hidden, weight, labels, 16, 0.2)
+    theirs = reference_cross_entropy(hidden, weight, labels, 0.2)
+    torch.testing.assert_close(ours, theirs)
+    found, expected = (torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, theirs))
+    torch.testing.assert_close(found, expected)
+    assert operators.taken["linear_cross_entropy", "triton"] == 1
+    log = checked_operators(operators)
+    log.linear_cross_entropy(hidden, weight, labels, 16, 0.2).backward()
+    assert any("linear_cross_entropy" in line for line in log.log.lines())

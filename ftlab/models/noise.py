@@ -1,0 +1,103 @@
+"""What disturbs a decoder while it trains: dropout by place, stochastic depth, noise on the embeddings.
+
+Nothing here acts in evaluation mode, and a strength of 0 draws no random number. Letters: B rows, T positions, D width,
+L blocks, N = B*T.
+
+Dropout (arXiv 1207.0580): each element is zero with probability p, the others are divided by 1 - p.
+
+Stochastic depth (arXiv 1603.09382): block l of 1 .. L survives a forward pass with probability
+
+    keep_l = 1 - l / L * strength
+
+for all its rows at once. There the surviving block adds f(h) in training and keep_l f(h) in evaluation; here it adds
+f(h) / keep_l in training, so that evaluation needs no change. f is attention and MLP together.
+
+NEFTune (arXiv 2310.05914): each embedding gets uniform noise in [-1, 1] times alpha / sqrt(n D), where n are the tokens
+of its own document. There n is the length of the padded row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftlab.config import RegularizerConfig
+from ftlab.models.attention import Documents
+
+__all__ = ["QUIET", "Noise", "embedding_noise", "left_out"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Strengths; `residual`, `hidden` and so on are probabilities of dropout at that place."""
+
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
+    hidden: float = 0.0
+    head: float = 0.0
+    depth: float = 0.0
+    neftune: float = 0.0
+
+    @classmethod
+    def of(cls, config: RegularizerConfig) -> Noise:
+        """What a configuration asks for."""
+        places = config.dropout
+        return cls(
+            places.embedding,
+            places.attention,
+            places.residual,
+            places.hidden,
+            places.head,
+            config.stochastic_depth,
+            config.neftune,
+        )
+
+    @property
+    def below_head(self) -> bool:
+        """Whether anything before the head is random."""
+        inside = (self.embedding, self.attention, self.residual, self.hidden, self.depth, self.neftune)
+        return any(strength > 0 for strength in inside)
+
+    def keep(self, block: int, blocks: int) -> float:
+        """The probability that block number `block`, counted from 0, survives a forward pass."""
+        return 1.0 - (block + 1) / blocks * self.depth
+
+
+QUIET = Noise()
+
+
+def embedding_noise(h_BTD: Tensor, documents: Documents | None, alpha: float) -> Tensor:
+    """h plus NEFTune's noise; without documents each row is one."""
+    B, T, D = h_BTD.shape
+    if documents is None:
+        bound: Tensor | float = alpha / (T * D) ** 0.5
+    else:
+        lengths_M = torch.tensor(documents.lengths)
+        bound = (alpha / (lengths_M * D).float().sqrt()).repeat_interleave(lengths_M).view(B, T, 1).to(h_BTD)
+    return h_BTD + (torch.rand_like(h_BTD) * 2 - 1) * bound
+
+
+def left_out(h_BTD: Tensor, block: nn.Module) -> Tensor:
+    """h itself, connected to the parameters of a block that was left out: their gradients are zeros rather than None.
+
+    Data-parallel training relies on that.
+    """
+    training = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    out: Tensor = _Connected.apply(h_BTD, *training)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Connected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return h.view_as(h)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
