@@ -262,6 +262,10 @@ class LlamaForCausalLM(nn.Module):
             if hasattr(module, "operators"):
                 module.operators = operators  # type: ignore[assignment]
 
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        """The fields of its config.json; `dtype` like "float32"."""
+        return self.config.to_hf(dtype)
+
     @property
     def head_weight(self) -> Tensor:
         """[V, D]: the weight of the LM head, or the embedding it is tied to."""
