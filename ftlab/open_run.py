@@ -12,7 +12,8 @@ from ftlab import build
 from ftlab.config import Config, ParallelConfig, from_plain
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import Method
-from ftlab.models.llama import LlamaForCausalLM
+from ftlab.models.heads import AnyModel, Classifier
+from ftlab.models.labels import LabelSet
 from ftlab.models.tokenizer import Tokenizer
 from ftlab.operators import select
 from ftlab.training.parallel import Ranks
@@ -29,10 +30,15 @@ class OpenRun:
     run_dir: Path
     config: Config
     record: dict[str, Any]
-    model: LlamaForCausalLM
+    model: AnyModel
     method: Method
     tokenizer: Tokenizer
     precision: Precision
+
+    @property
+    def labels(self) -> LabelSet | None:
+        """What a classifier tells apart; None for a language model."""
+        return self.model.head.labels if isinstance(self.model, Classifier) else None
 
     def data(self) -> build.DataSet:
         """The run's data, read again.
@@ -74,7 +80,8 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None) -> OpenRu
     config, record = read_config(run_dir)
     ranks = ranks or Ranks()
     tokenizer = build.build_tokenizer(config)
-    model, method = build.build_base(config, tokenizer, ranks)
+    labels = LabelSet.from_dict(record["labels"]) if record.get("labels") else None
+    model, method = build.build_base(config, tokenizer, ranks, labels)
     if base:
         model.requires_grad_(False)
         if not method.keeps_base:

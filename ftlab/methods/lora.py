@@ -21,6 +21,7 @@ from ftlab.files import atomic_directory
 from ftlab.methods.lora_linear import LoRALinear
 from ftlab.methods.rules import adapter_table
 from ftlab.methods.trainable import TrainableTable
+from ftlab.models.heads import fresh_layers, fresh_parameters
 from ftlab.operators import TORCH
 
 __all__ = ["LoRA", "apply_lora", "lora_leaves"]
@@ -34,7 +35,6 @@ _UNSUPPORTED = (
     "fan_in_fan_out",
     "rank_pattern",
     "alpha_pattern",
-    "modules_to_save",
     "layers_to_transform",
     "layer_replication",
     "trainable_token_indices",
@@ -71,8 +71,9 @@ class LoRA:
         leaves = _applied(model)
         if any(leaf.merged for leaf in leaves.values()):
             raise FtlabError("the adapter is merged into its base; unmerge it before saving")
-        settings = peft_settings(self.config, list(leaves), base)
-        weights = {name: p.detach().float().cpu().contiguous() for name, p in _peft_tensors(leaves).items()}
+        settings = peft_settings(self.config, list(leaves), base, fresh_layers(model))
+        tensors = _peft_tensors(leaves, model)
+        weights = {name: p.detach().float().cpu().contiguous() for name, p in tensors.items()}
         with atomic_directory(directory) as folder:
             save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
             save_file({name: _sample(leaf.weight) for name, leaf in leaves.items()}, folder / _SAMPLE)
@@ -87,9 +88,9 @@ class LoRA:
         leaves = _applied(model)
         if any(leaf.merged for leaf in leaves.values()):
             raise FtlabError(f"{directory}: the model's present adapter is merged; unmerge it before loading another")
-        _check_settings(self.config, directory / _CONFIG)
+        _check_settings(self.config, directory / _CONFIG, fresh_layers(model))
         saved = _read(directory / _WEIGHTS)
-        expected = _peft_tensors(leaves)
+        expected = _peft_tensors(leaves, model)
         problems = [f"missing {name}" for name in expected.keys() - saved.keys()]
         problems += [f"unexpected {name}" for name in saved.keys() - expected.keys()]
         problems += [
@@ -176,13 +177,16 @@ def lora_leaves(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def peft_settings(config: LoRAConfig, names: list[str], base: str) -> dict[str, Any]:
-    """adapter_config.json. Plain targets stay as they are; patterns become the list of matched names."""
+def peft_settings(config: LoRAConfig, names: list[str], base: str, fresh: tuple[str, ...] = ()) -> dict[str, Any]:
+    """adapter_config.json. Plain targets stay as they are; patterns become the list of matched names.
+
+    fresh: layers without pretrained values (a classifier's head), which are saved whole beside the adapters.
+    """
     plain = all(re.fullmatch(r"[\w.]+", target) for target in config.targets)
     alpha = config.alpha
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if fresh else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -193,7 +197,7 @@ def peft_settings(config: LoRAConfig, names: list[str], base: str) -> dict[str, 
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": list(fresh) or None,
         "use_dora": False,
     }
 
@@ -220,6 +224,10 @@ def _matched(model: nn.Module, targets: list[str]) -> list[str]:
                 "make the pattern end in the name of linear layers"
             )
         wanted.update(found)
+    if heads := sorted(wanted & set(fresh_layers(model))):
+        raise ConfigError(
+            f"method.targets: {heads[0]} is a new head, which trains whole; an adapter on it would do nothing for it"
+        )
     names = [name for name in modules if name in wanted]
     _refuse_shared(model, names)
     return names
@@ -252,9 +260,9 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _peft_tensors(leaves: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
-    """The adapter's parameters under PEFT's names."""
-    tensors: dict[str, nn.Parameter] = {}
+def _peft_tensors(leaves: dict[str, LoRALinear], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters, and a new head's, under PEFT's names."""
+    tensors = {_PREFIX + name: parameter for name, parameter in fresh_parameters(model).items()}
     for name, leaf in leaves.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = leaf.lora_A
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = leaf.lora_B
@@ -268,7 +276,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise FtlabError(f"{path} cannot be read: {error}; give the folder that training wrote") from error
 
 
-def _check_settings(config: LoRAConfig, path: Path) -> None:
+def _check_settings(config: LoRAConfig, path: Path, fresh: tuple[str, ...]) -> None:
     """The folder's settings must be those of `config`, and none that ftlab does not have."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -277,6 +285,8 @@ def _check_settings(config: LoRAConfig, path: Path) -> None:
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise FtlabError(f"{path} does not describe a LoRA adapter; its peft_type must be LORA")
     foreign = [key for key in _UNSUPPORTED if settings.get(key)]
+    if (settings.get("modules_to_save") or []) != list(fresh):
+        foreign.append(f"modules_to_save={settings.get('modules_to_save')} (here {list(fresh) or None})")
     if settings.get("bias", "none") != "none":
         foreign.append("bias")
     if foreign:
