@@ -166,7 +166,8 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     if dropped := sum(len(records) - len(examples) for records, examples in sides):
         notes.append(f"{dropped} records are longer than data.max_length={config.data.max_length} and were dropped")
     if cut := sum(example.truncated for side in (train, validation, test) for example in side):
-        notes.append(f"{cut} texts were cut to data.max_length={config.data.max_length}")
+        what = "prompts were cut from the left" if labels is None else "texts were cut"
+        notes.append(f"{cut} {what} to data.max_length={config.data.max_length}")
     return DataSet(source, Splits(*kept), template, train, validation, test, tuple(notes), labels)
 
 
