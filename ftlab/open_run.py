@@ -14,9 +14,11 @@ from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import Method
 from ftlab.methods.lora import LoRA
 from ftlab.methods.peft_folder import config_of
-from ftlab.models.llama import LlamaForCausalLM
+from ftlab.models.heads import AnyModel, Classifier
+from ftlab.models.labels import LabelSet
 from ftlab.models.tokenizer import Tokenizer
 from ftlab.operators import select
+from ftlab.startup import settle_math
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision
 from ftlab.training.state import changed_inputs
@@ -31,10 +33,15 @@ class OpenRun:
     run_dir: Path
     config: Config
     record: dict[str, Any]
-    model: LlamaForCausalLM
+    model: AnyModel
     method: Method
     tokenizer: Tokenizer
     precision: Precision
+
+    @property
+    def labels(self) -> LabelSet | None:
+        """What a classifier tells apart; None for a language model."""
+        return self.model.head.labels if isinstance(self.model, Classifier) else None
 
     def data(self) -> build.DataSet:
         """The run's data, read again.
@@ -77,9 +84,11 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, adapter: 
     adapter: a folder of ftlab's or PEFT's, whose adapter the pretrained model gets in place of what the run trained.
     """
     config, record = read_config(run_dir)
+    settle_math()
     ranks = ranks or Ranks()
     tokenizer = build.build_tokenizer(config)
-    model, method = build.build_base(config, tokenizer, ranks)
+    labels = LabelSet.from_dict(record["labels"]) if record.get("labels") else None
+    model, method = build.build_base(config, tokenizer, ranks, labels)
     if base:
         model.requires_grad_(False)
         if not method.keeps_base:

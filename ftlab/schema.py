@@ -40,8 +40,17 @@ __all__ = [
 ]
 
 GROUPS: dict[str, dict[str, type]] = {
-    "model": {"pretrained": configs.PretrainedConfig, "random": configs.RandomConfig},
-    "data": {"hpo": configs.HPODataConfig, "files": configs.FilesDataConfig},
+    "model": {
+        "pretrained": configs.PretrainedConfig,
+        "random": configs.RandomConfig,
+        "random_bert": configs.RandomBertConfig,
+    },
+    "data": {
+        "hpo": configs.HPODataConfig,
+        "files": configs.FilesDataConfig,
+        "hpo_organ": configs.HPOOrganConfig,
+        "labelled": configs.LabelledFilesConfig,
+    },
     "method": {
         "lora": configs.LoRAConfig,
         "full": configs.FullConfig,

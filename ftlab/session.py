@@ -18,7 +18,7 @@ from ftlab.compose import config_hash, run_folder, to_yaml
 from ftlab.config import Config, option_classes
 from ftlab.data.loader import RowLoader
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.evaluation.measure import Measured, Measurer
+from ftlab.evaluation.measure import Measured, Measures
 from ftlab.files import atomic_write
 from ftlab.models.tokenizer import Tokenizer
 from ftlab.operators import describe
@@ -163,12 +163,12 @@ class _Session:
         schedule = make_schedule(self.config.schedule, steps)  # a schedule that cannot be is refused before the model
         inputs = self._same_inputs(data, tokenizer)
         with self.phase("model"):
-            built = self._build_model(tokenizer, precision)
+            built = self._build_model(tokenizer, precision, data)
         penalties = {penalty.name: penalty.fingerprint() for penalty in built.penalties}
         state = TrainState(built.model, built.optimizer, precision, self.hash, inputs, penalties)
         self._describe(data, loader, built)
         saved = self._find_checkpoint()
-        measurer = self._measurer(tokenizer, built)
+        measurer = build.build_measurer(self.config, tokenizer, precision, self.ranks, data.labels)
         self._baseline(measurer, data, built)
         replica = Replica(built.model, build.objective_of(self.config, built.cache), self.ranks)
         if self.config.training.preflight:
@@ -263,8 +263,9 @@ class _Session:
         self.record.content = {}
         self.ranks.barrier()
 
-    def _build_model(self, tokenizer: Tokenizer, precision: Precision) -> build.Built:
-        model, method = build.build_base(self.config, tokenizer, self.ranks)
+    def _build_model(self, tokenizer: Tokenizer, precision: Precision, data: build.DataSet) -> build.Built:
+        model, method = build.build_base(self.config, tokenizer, self.ranks, data.labels)
+        build.check_lengths(data, model)
         self.record.update(model=build.model_facts(self.config, model))
         return build.build_training(self.config, model, method, precision)
 
@@ -278,9 +279,10 @@ class _Session:
                 "validation": len(data.validation),
                 "test": len(data.test),
                 "train_tokens": sum(len(e.token_ids) for e in data.train),
-                "train_supervised": sum(sum(e.supervised) for e in data.train),
+                "train_supervised": sum(e.num_supervised for e in data.train),
                 "rows_in_epoch": len(loader.rows(0)),
             },
+            labels=None if data.labels is None else data.labels.as_dict(),
             parameters=rows,
             kernels={"chosen": built.kernels},
             memory=static_memory(built.model.parameters(), built.model.buffers()),
@@ -296,22 +298,20 @@ class _Session:
             how = f"trains, rate x {row['lr_scale']:g}" if row["trainable"] else "frozen"
             self.progress.message(f"  {row['count']:>13,} in {row['tensors']:>4} tensors  {how:<18}  {row['rule']}")
 
-    def _measurer(self, tokenizer: Tokenizer, built: build.Built) -> Measurer:
-        loss_sum = build.loss_sum_of(self.config)
-        return Measurer(self.config.evaluation, tokenizer, loss_sum, built.precision.autocast, self.ranks)
-
-    def _test(self, measurer: Measurer, data: build.DataSet, built: build.Built, who: str) -> None:
+    def _test(self, measurer: Measures, data: build.DataSet, built: build.Built, who: str) -> None:
         """Score the test split and keep scores and answers under `who` (base or final)."""
         records = data.splits.test if self.config.evaluation.generate else []
         with self.phase(f"test_{who}"):
             measured = measurer.measure(built.model, data.test, records, progress=self.progress.count)
         self.record.update(scores={who: {name: score.as_dict() for name, score in measured.scores.items()}})
+        if measured.details:
+            self.record.update(classification={who: measured.details})
         if self.ranks.is_main and measured.predictions:
             lines = [json.dumps(p.as_dict(), ensure_ascii=False) for p in measured.predictions]
             (self.run_dir / "predictions").mkdir(exist_ok=True)
             atomic_write(self.run_dir / "predictions" / f"{who}.jsonl", "\n".join(lines) + "\n")
 
-    def _baseline(self, measurer: Measurer, data: build.DataSet, built: build.Built) -> None:
+    def _baseline(self, measurer: Measures, data: build.DataSet, built: build.Built) -> None:
         """The untouched model: what the method adds is left out, and a whole model has not moved yet."""
         wanted = self.config.evaluation.baseline and self.config.evaluation.test and data.test
         if wanted and "base" not in self.record.content.get("scores", {}):
@@ -404,7 +404,7 @@ class _Session:
             hooks=build.build_hooks(config, built.method, steps),
         )
 
-    def _fit(self, run: Fit, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
+    def _fit(self, run: Fit, state: TrainState, built: build.Built, measurer: Measures, data: build.DataSet) -> None:
         evaluation, counters = self.config.evaluation, state.counters
         records = data.splits.validation[: evaluation.generate_limit] if evaluation.generate else []
 
@@ -474,7 +474,7 @@ class _Session:
                 self.tell(result)
                 self.record.update(result=result)
 
-    def _finish(self, state: TrainState, built: build.Built, measurer: Measurer, data: build.DataSet) -> None:
+    def _finish(self, state: TrainState, built: build.Built, measurer: Measures, data: build.DataSet) -> None:
         config, counters = self.config, state.counters
         if self.ranks.is_main:
             folder = build.export_folder(self.run_dir, built.method)
@@ -528,7 +528,7 @@ class _Session:
 
 def _brief(measured: Measured) -> str:
     """The scores that a progress line has room for."""
-    shown = ("loss", "exact_match", "token_f1", "rougeL")
+    shown = ("loss", "exact_match", "token_f1", "rougeL", "accuracy", "subset_accuracy", "macro_f1", "mse", "pearson")
     values = measured.values()
     return ", ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
 

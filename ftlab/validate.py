@@ -21,18 +21,27 @@ from ftlab.config import (
     FilesDataConfig,
     GradualUnfreezeConfig,
     HPODataConfig,
+    HPOOrganConfig,
+    LabelledDataConfig,
+    LabelledFilesConfig,
     LoRAConfig,
     PretrainedConfig,
+    RandomBertConfig,
     RandomConfig,
     WSDConfig,
 )
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.schema import suggestion
 
-__all__ = ["GENERATION_METRICS", "LOSS_METRICS", "TEMPLATES", "validate"]
+__all__ = ["GENERATION_METRICS", "LABEL_METRICS", "LOSS_METRICS", "TEMPLATES", "validate"]
 
 LOSS_METRICS = ("loss", "perplexity")
 GENERATION_METRICS = ("exact_match", "token_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
+LABEL_METRICS = {
+    "single": ("loss", "accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "ece"),
+    "multi": ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "ece"),
+    "regression": ("loss", "mse", "pearson", "spearman"),
+}
 TEMPLATES = ("model", "chatml", "plain")
 TARGET = "_target_"
 
@@ -111,7 +120,7 @@ def check_model(config: Config) -> None:
         check_location(model.location, "model.location")
     if model.tokenizer is not None and model.tokenizer != "bytes":
         check_location(model.tokenizer, "model.tokenizer")
-    if not isinstance(model, RandomConfig):
+    if not isinstance(model, RandomConfig | RandomBertConfig):
         return
     if model.tokenizer is None:
         raise ConfigError("model.tokenizer: random weights bring none; give model.tokenizer=bytes or a location")
@@ -119,6 +128,10 @@ def check_model(config: Config) -> None:
         raise ConfigError(
             f"model.hidden_size: {model.hidden_size} is not a multiple of model.num_heads={model.num_heads}; change one"
         )
+    if isinstance(model, RandomBertConfig):
+        return
+    if model.hidden_dropout or model.attention_dropout:
+        raise ConfigError("model.hidden_dropout, model.attention_dropout: they are an encoder's; leave them at 0")
     if model.hidden_size // model.num_heads % 2:
         raise ConfigError(
             f"model.num_heads: a head of {model.hidden_size // model.num_heads} dimensions cannot be rotated in pairs; "
@@ -157,12 +170,52 @@ def check_data(config: Config) -> None:
         raise ConfigError(
             f"data.template: {data.template!r} is none of {', '.join(TEMPLATES)} and no such file exists{near}"
         )
-    if isinstance(data, HPODataConfig):
+    if isinstance(data, HPODataConfig | HPOOrganConfig):
         check_location(data.location, "data.location")
-    if isinstance(data, FilesDataConfig):
+    if isinstance(data, FilesDataConfig | LabelledFilesConfig):
         for key in ("train", "validation", "test"):
             if getattr(data, key) is not None:
                 check_location(getattr(data, key), f"data.{key}")
+
+
+def check_labels(config: Config) -> None:
+    """Data with labels make a classifier: settings of conversations do not apply, and those of heads only here."""
+    data, head = config.data, config.head
+    if not isinstance(data, LabelledDataConfig):
+        changed = [f"head.{item.name}" for item in fields(head) if getattr(head, item.name) != item.default]
+        if changed:
+            raise ConfigError(f"{changed[0]}: a head of labels needs data with labels; give for example data=hpo_organ")
+        if isinstance(config.model, RandomBertConfig):
+            raise ConfigError("model: an encoder gives no text; give data with labels, for example data=topics")
+        return
+    idle = {
+        "data.packing": (data.packing, "each text is a row of its own; set it to false"),
+        "data.share_prefix": (data.share_prefix, "texts share no prefix; set it to false"),
+        "data.system": (data.system is not None, "texts with labels have no system message; leave it null"),
+        "data.template": (data.template != "model", "texts with labels go through no chat template; leave it out"),
+        "regularizer.dropout.head": (
+            config.regularizer.dropout.head > 0,
+            "a classifier's head has head.dropout instead",
+        ),
+        "training.activation_cache_gib": (
+            config.training.activation_cache_gib > 0,
+            "a classifier keeps none; set it to 0",
+        ),
+    }
+    for key, (given, advice) in idle.items():
+        if given:
+            raise ConfigError(f"{key}: {advice}")
+    if data.labels == "regression":
+        if isinstance(data, HPOOrganConfig):
+            raise ConfigError("data.labels: organ systems are no numbers; give single or multi")
+        if data.shots is not None:
+            raise ConfigError("data.shots: numbers have no classes to take shots of; give data.limit_train")
+        if config.regularizer.label_smoothing > 0:
+            raise ConfigError(
+                "regularizer.label_smoothing: there is no label to smooth with data.labels=regression; set it to 0"
+            )
+    if data.shots is not None and data.limit_train is not None:
+        raise ConfigError("data.shots: data.limit_train would take shots away again; give one of the two")
 
 
 def check_location(location: str, key: str) -> None:
@@ -372,14 +425,17 @@ def check_evaluation(config: Config) -> None:
                     f"checkpoint.{key}: {str(value).lower()} needs validation, and evaluation.times is 0; give "
                     f"evaluation.times, or checkpoint.{key}={'false' if key == 'load_best' else 'null'}"
                 )
-    named = isinstance(config.data, FilesDataConfig) and config.data.validation is not None
+    own_files = isinstance(config.data, FilesDataConfig | LabelledFilesConfig)
+    named = own_files and getattr(config.data, "validation", None) is not None
     if checkpoint.patience is not None and config.data.validation_fraction == 0 and not named:
-        files = " or data.validation" if isinstance(config.data, FilesDataConfig) else ""
+        files = " or data.validation" if own_files else ""
         raise ConfigError(
             f"checkpoint.patience: {checkpoint.patience} needs validation, and data.validation_fraction is 0; give "
             f"data.validation_fraction{files}, or checkpoint.patience=null"
         )
-    every = (*LOSS_METRICS, *GENERATION_METRICS)
+    every: tuple[str, ...] = (*LOSS_METRICS, *GENERATION_METRICS)
+    if isinstance(config.data, LabelledDataConfig):
+        every = LABEL_METRICS[config.data.labels]
     if checkpoint.metric not in every:
         near = suggestion(checkpoint.metric, every, "checkpoint.metric={}")
         raise ConfigError(f"checkpoint.metric: {checkpoint.metric!r} is none of {', '.join(every)}{near}")
@@ -394,6 +450,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     check_run,
     check_model,
     check_data,
+    check_labels,
     check_method,
     check_kernels,
     check_regularizer,

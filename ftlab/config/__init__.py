@@ -11,7 +11,14 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from ftlab.config.data import DataConfig, FilesDataConfig, HPODataConfig
+from ftlab.config.data import (
+    DataConfig,
+    FilesDataConfig,
+    HPODataConfig,
+    HPOOrganConfig,
+    LabelledDataConfig,
+    LabelledFilesConfig,
+)
 from ftlab.config.method import (
     BitFitConfig,
     FreezeConfig,
@@ -21,7 +28,7 @@ from ftlab.config.method import (
     LoRAConfig,
     MethodConfig,
 )
-from ftlab.config.model import ModelConfig, PretrainedConfig, RandomConfig
+from ftlab.config.model import HeadConfig, ModelConfig, PretrainedConfig, RandomBertConfig, RandomConfig
 from ftlab.config.optimizer import (
     AdamWConfig,
     ConstantConfig,
@@ -69,10 +76,14 @@ __all__ = [
     "FullConfig",
     "GradualUnfreezeConfig",
     "HPODataConfig",
+    "HPOOrganConfig",
+    "HeadConfig",
     "InverseSqrtConfig",
     "L1SPConfig",
     "L2Config",
     "L2SPConfig",
+    "LabelledDataConfig",
+    "LabelledFilesConfig",
     "LinearConfig",
     "LinearProbeConfig",
     "LoRAConfig",
@@ -83,6 +94,7 @@ __all__ = [
     "PolynomialConfig",
     "PrecisionConfig",
     "PretrainedConfig",
+    "RandomBertConfig",
     "RandomConfig",
     "RegularizerConfig",
     "ScheduleConfig",
@@ -118,6 +130,7 @@ class Config:
     tracking: TrackingConfig = option(TrackingConfig, "group")
     evaluation: EvaluationConfig = option(EvaluationConfig, "group")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "when to save, what to keep")
+    head: HeadConfig = option(HeadConfig, "the head of a classifier")
     training: TrainingConfig = option(TrainingConfig, "how long, and how")
 
 

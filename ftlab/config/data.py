@@ -10,6 +10,9 @@ __all__ = [
     "DataConfig",
     "FilesDataConfig",
     "HPODataConfig",
+    "HPOOrganConfig",
+    "LabelledDataConfig",
+    "LabelledFilesConfig",
 ]
 
 
@@ -57,6 +60,42 @@ class FilesDataConfig(DataConfig):
     train: str = option(REQUIRED, "location of the training records")
     validation: str | None = option(None, "location of the validation records; null: split off the training records")
     test: str | None = option(None, "location of the test records; null: split off the training records")
+
+
+@dataclass
+class LabelledDataConfig(DataConfig):
+    """Texts with a label: what a classifier learns from. One text is one row."""
+
+    packing: bool = option(False, "several texts in one row; classification has one text a row, so this stays false")
+    pad_to_multiple: int = option(
+        8, "pad the rows of a batch to a multiple of this many tokens; 1: to the longest", low=1
+    )
+    labels: str = option(
+        "single", "one label a text, a list of labels, or a number", choices=("single", "multi", "regression")
+    )
+    shots: int | None = option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
+    shots_seed: int = option(0, "which texts those are", low=0)
+
+
+@dataclass
+class LabelledFilesConfig(LabelledDataConfig):
+    """The user's own labelled JSONL or CSV files."""
+
+    train: str = option(REQUIRED, "location of the training records")
+    validation: str | None = option(None, "location of the validation records; null: split off the training records")
+    test: str | None = option(None, "location of the test records; null: split off the training records")
+    text_field: str = option("text", "field or column of the text")
+    pair_field: str = option("text_pair", "field or column of a second text, where there is one")
+    label_field: str = option("label", "field or column of the label")
+    separator: str = option("|", "between the labels of one CSV cell, for labels=multi")
+
+
+@dataclass
+class HPOOrganConfig(LabelledDataConfig):
+    """Definitions of the Human Phenotype Ontology, labelled with the organ system they lie under."""
+
+    location: str = option(REQUIRED, "location of hp.obo")
+    min_per_label: int = option(20, "organ systems with fewer definitions are left out", low=1)
 
 
 # --- method --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from ftlab.config.options import REQUIRED, option
 
 __all__ = [
+    "HeadConfig",
     "ModelConfig",
     "PretrainedConfig",
+    "RandomBertConfig",
     "RandomConfig",
 ]
 
@@ -19,6 +21,10 @@ class ModelConfig:
 
     name: str = option("model", "label used in reports and run names")
     tokenizer: str | None = option(None, "location of a tokenizer.json, or bytes; null: the model's own")
+    hidden_dropout: float = option(
+        0.0, "while an encoder trains: dropout on its embeddings and on what each sublayer adds", low=0, below=1
+    )
+    attention_dropout: float = option(0.0, "while an encoder trains: dropout on its attention weights", low=0, below=1)
 
 
 @dataclass
@@ -38,6 +44,30 @@ class RandomConfig(ModelConfig):
     num_heads: int = option(4, "query heads", low=1)
     num_kv_heads: int = option(2, "key and value heads", low=1)
     init_seed: int = option(0, "seed of the random weights", low=0)
+
+
+@dataclass
+class RandomBertConfig(ModelConfig):
+    """An encoder with random weights, for tests and for looking at the machinery in seconds."""
+
+    hidden_size: int = option(64, "width of the hidden states", low=8)
+    intermediate_size: int = option(128, "width inside the MLP", low=8)
+    num_layers: int = option(2, "encoder layers", low=1)
+    num_heads: int = option(4, "attention heads", low=1)
+    max_positions: int = option(512, "longest text in tokens", low=8)
+    init_seed: int = option(0, "seed of the random weights", low=0)
+
+
+@dataclass
+class HeadConfig:
+    """The head of a classifier: a linear layer over one vector a text. Read where the data have labels."""
+
+    pooling: str = option(
+        "auto",
+        "the vector: mean of the tokens, the first (cls), BERT's pooler, the last; auto: mean in encoders, else last",
+        choices=("auto", "mean", "cls", "pooler", "last"),
+    )
+    dropout: float = option(0.0, "dropout on that vector", low=0, below=1)
 
 
 # --- data ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,12 +51,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        moved = {
-            item.name: getattr(self, item.name).to(device)
-            for item in fields(self)
-            if item.name in ("input_ids", "labels", "position_ids", "documents")
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        movable: dict[str, Any] = {
+            name: value for name, value in values.items() if isinstance(value, Tensor | Documents)
         }
-        return replace(self, **moved)
+        return replace(self, **{name: value.to(device) for name, value in movable.items()})
+
+    def unsupervised(self) -> Batch:
+        """The same tokens with nothing supervised: a loss of exactly zero that reaches every parameter."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORE), num_supervised=0, num_tokens=0)
 
 
 def collate_rows(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ftlab.config import DataConfig, FilesDataConfig, HPODataConfig
+from ftlab.config import DataConfig, FilesDataConfig, HPODataConfig, LabelledDataConfig
 from ftlab.errors import ConfigError
 
 __all__ = ["ROLES", "Message", "Record", "SourceInfo", "Splits", "load_records", "with_system", "wording"]
@@ -89,6 +89,10 @@ def load_records(config: DataConfig) -> tuple[Splits, SourceInfo]:
     # The sources build the types above, so they are imported when one is needed.
     from ftlab.data.splits import limit_splits
 
+    if isinstance(config, LabelledDataConfig):
+        from ftlab.data.labelled import load_labelled
+
+        return load_labelled(config)[:2]
     if isinstance(config, HPODataConfig):
         from ftlab.data.sources.hpo import load_hpo
 

@@ -33,6 +33,16 @@ class Example:
         """The tokens before the last answer: what a model is asked to give it. Cut where the example was cut."""
         return self.token_ids[: last_answer(self.supervised)]
 
+    @property
+    def num_supervised(self) -> int:
+        """How many decisions are learnt."""
+        return sum(self.supervised)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """Everything that training depends on."""
+        return (self.id, self.token_ids, self.supervised)
+
 
 def last_answer(supervised: Sequence[bool]) -> int:
     """Where the run of label flags at the end begins."""

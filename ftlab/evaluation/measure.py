@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ftlab.evaluation.metrics import Score, score
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
 
-__all__ = ["Measured", "Measurer", "Peers"]
+__all__ = ["Measured", "Measurer", "Measures", "Peers"]
 
 EVALUATION_MULTIPLE = 128  # tokens; see collate_rows
 
@@ -42,14 +42,33 @@ class Peers(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """The scores of one split and, if answers were generated, the answers."""
+    """The scores of one split and, if answers were generated or labels chosen, the answers.
+
+    details: what a classifier's report shows besides, in plain types.
+    """
 
     scores: dict[str, Score]
     predictions: list[Prediction]
+    details: dict[str, Any] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
         """The scores without their intervals."""
         return {name: score.value for name, score in self.scores.items()}
+
+
+class Measures(Protocol):
+    """What scores a model on a split: `Measurer`, or a classifier's `LabelMeasurer`."""
+
+    def measure(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        records: Sequence[Record],
+        *,
+        bootstrap: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Measured:
+        """See `Measurer.measure`."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from ftlab.evaluation.intervals import (
 )
 from ftlab.evaluation.text_metrics import METRICS, Statistics, statistics_of
 
-__all__ = ["METRICS", "Difference", "Score", "Scored", "paired_difference", "score"]
+__all__ = ["LOWER_IS_BETTER", "METRICS", "Difference", "Score", "Scored", "paired_difference", "score"]
+
+
+LOWER_IS_BETTER = ("loss", "perplexity", "mse", "ece")
 
 
 class Scored(Protocol):

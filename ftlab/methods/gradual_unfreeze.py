@@ -36,9 +36,10 @@ class GradualUnfreeze(WholeModel):
     def _stage(self, name: str, total: int) -> int:
         """When a parameter joins."""
         parts = name.split(".")
-        if "layers" in parts:
-            depth = total - 1 - int(parts[parts.index("layers") + 1])  # from the top
+        block = next((part for part in ("layers", "layer") if part in parts), None)
+        if block is not None:
+            depth = total - 1 - int(parts[parts.index(block) + 1])  # from the top
             return max(0, -(-(depth + 1 - self.config.first_blocks) // self.config.blocks))
-        if "embed_tokens" in parts:
+        if "embed_tokens" in parts or "embeddings" in parts:
             return total + 1
         return 0

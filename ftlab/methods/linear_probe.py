@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from ftlab.config import LinearProbeConfig
@@ -21,7 +23,7 @@ class LinearProbe(WholeModel):
 
     def apply(self, model: nn.Module) -> TrainableTable:
         """Set `requires_grad`. Errors: ConfigError if the head is tied to the embedding."""
-        if not any(name.rpartition("lm_head.")[1] for name, _ in model.named_parameters()):
+        if not any(re.fullmatch(HEAD, name) for name, _ in model.named_parameters()):
             raise ConfigError(
                 "method=linear_probe: this model's head is its token embedding, so it has no weight of its own to "
                 "train; use method=freeze method.frozen_fraction=1 method.train_embeddings=true, which trains both"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ftlab.config import LoRAConfig
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_directory
+from ftlab.models.heads import fresh_layers
 
 __all__ = [
     "CONFIG",
@@ -49,7 +50,7 @@ _UNDERSTOOD = {
     *("init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core"),
     *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
     *("target_modules", "task_type", "use_dora", "use_rslora", "loftq_config", "eva_config", "corda_config"),
-    *("lora_ga_config", "ensure_weight_tying"),
+    *("lora_ga_config", "ensure_weight_tying", "modules_to_save"),
 }
 # First values of A and B that also change the base weights, which the folder does not hold.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -90,8 +91,11 @@ def first_match(patterns: Mapping[str, float], layer: str, otherwise: float) -> 
     return otherwise
 
 
-def read_settings(folder: Path) -> Settings:
-    """Errors: FtlabError if it is no LoRA adapter, or uses what ftlab does not have."""
+def read_settings(folder: Path, whole: Sequence[str] = ()) -> Settings:
+    """whole: the layers that stand whole beside the adapters, as modules_to_save.
+
+    Errors: FtlabError if it is no LoRA adapter, or uses what ftlab does not have.
+    """
     path = folder / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -102,6 +106,8 @@ def read_settings(folder: Path) -> Settings:
     foreign = [key for key in sorted(found) if found[key] and key not in _UNDERSTOOD]
     if found.get("bias", "none") != "none":
         foreign.append("bias")
+    if (found.get("modules_to_save") or []) != list(whole):
+        foreign.append(f"modules_to_save={found.get('modules_to_save')} (here {list(whole) or None})")
     if foreign:
         raise FtlabError(
             f"{path} uses {', '.join(foreign)}, which ftlab does not have; load this adapter with PEFT, or merge it "
@@ -174,7 +180,7 @@ def adapted_layers(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def config_of(folder: Path, model: nn.Module) -> LoRAConfig:
     """The method's settings that make such adapters on `model`. Errors: FtlabError on an adapter of another model."""
-    settings, layers = read_settings(folder), adapted_layers(read_tensors(folder))
+    settings, layers = read_settings(folder, fresh_layers(model)), adapted_layers(read_tensors(folder))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if absent := sorted(set(layers) - set(linear)) or ([] if layers else ["any layer"]):
         raise FtlabError(

@@ -16,12 +16,13 @@ from torch import nn
 from ftlab.config import LoRAConfig, MethodConfig
 from ftlab.errors import ConfigError
 from ftlab.methods.trainable import Rule, TrainableTable
+from ftlab.models.heads import fresh_layers, fresh_parameters
 
 __all__ = ["Choice", "adapter_table", "block_numbers", "num_blocks", "own_rules", "table", "weight_table"]
 
-EMBEDDING = r"(.*\.)?embed_tokens\.weight"
-HEAD = r"(.*\.)?lm_head\..*"
-NORM = r"\w*norm\.(weight|bias)"
+EMBEDDING = r"(.*\.)?(embed_tokens\.weight|embeddings\..*)"
+HEAD = r"(.*\.)?(lm_head|pooler|classifier|score)\..*"
+NORM = r"\w*[nN]orm\.(weight|bias)"
 LAST_NORM = r"(model\.)?norm\.(weight|bias)"
 
 
@@ -95,19 +96,17 @@ def weight_table(model: nn.Module, config: MethodConfig, choice: Choice) -> Trai
 def adapter_table(model: nn.Module, config: LoRAConfig) -> TrainableTable:
     """The table of LoRA's A and B, and DoRA's magnitudes; B learns `b_rate` times as fast, the others at lr.
 
-    Own rates change those of adapters alone.
+    Own rates change those of what trains alone.
     """
     total = num_blocks(model) if config.layer_decay != 1 else 0
-    own = [
-        Rule(rf"(?=.*lora_(A|B|magnitude_vector)$){rule.pattern}", rule.trainable, rule.lr_scale)
-        for rule in own_rules(config.rates)
-    ]
+    trains = "|".join([r".*lora_(A|B|magnitude_vector)", *map(re.escape, fresh_parameters(model))])
+    own = [Rule(rf"(?=({trains})$){rule.pattern}", rule.trainable, rule.lr_scale) for rule in own_rules(config.rates)]
     rules: list[Rule] = []
     parts = (("A", 1.0), ("B", config.b_rate), *([("magnitude_vector", 1.0)] if config.dora else []))
     for part, factor in parts:
         for block in range(total):
             rate = factor * config.layer_decay ** (total - 1 - block)
-            rules.append(Rule(rf"(.*\.)?layers\.{block}\..*lora_{part}", trainable=True, lr_scale=rate))
+            rules.append(Rule(rf"(.*\.)?layers?\.{block}\..*lora_{part}", trainable=True, lr_scale=rate))
         rules.append(Rule(rf"(.*\.)?lora_{part}", trainable=True, lr_scale=factor))
     if config.b_rate == 1 and not total:
         rules = [Rule(r"(.*\.)?lora_(A|B|magnitude_vector)" if config.dora else r"(.*\.)?lora_[AB]", trainable=True)]
@@ -115,7 +114,12 @@ def adapter_table(model: nn.Module, config: LoRAConfig) -> TrainableTable:
 
 
 def table(model: nn.Module, rules: Sequence[Rule], own: int) -> TrainableTable:
-    """A table of the first `own` rules, each of which must decide for something, and of the others that do."""
+    """A table of the first `own` rules, each of which must decide for something, and of the others that do.
+
+    The head of a classifier is new, so it trains under any method unless an own rule says otherwise.
+    """
+    fresh = [Rule(re.escape(layer) + r"\..*", trainable=True) for layer in fresh_layers(model)]
+    rules = [*rules[:own], *fresh, *rules[own:]]
     patterns = [_compiled(rule.pattern) for rule in rules]
     used = set()
     for name, _ in model.named_parameters():
@@ -141,8 +145,8 @@ def _of_blocks(blocks: Iterable[int], what: str, decay: float, total: int) -> li
     if not numbers:
         return []
     if decay == 1:
-        return [Rule(rf"(.*\.)?layers\.({'|'.join(map(str, numbers))})\.{what}", trainable=True)]
-    return [Rule(rf"(.*\.)?layers\.{i}\.{what}", trainable=True, lr_scale=decay ** (total - 1 - i)) for i in numbers]
+        return [Rule(rf"(.*\.)?layers?\.({'|'.join(map(str, numbers))})\.{what}", trainable=True)]
+    return [Rule(rf"(.*\.)?layers?\.{i}\.{what}", trainable=True, lr_scale=decay ** (total - 1 - i)) for i in numbers]
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -152,4 +156,4 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ConfigError(f"method.rates: {pattern!r} is not a regular expression: {error}") from error
 
 
-_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")

@@ -11,7 +11,7 @@ from torch import nn
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_directory
 from ftlab.models.checkpoint import save_safetensors
-from ftlab.models.llama import LlamaForCausalLM
+from ftlab.models.heads import AnyModel, Classifier, refill
 from ftlab.models.loading import load_model
 
 __all__ = ["WholeModel"]
@@ -26,11 +26,14 @@ class WholeModel:
     def save(self, model: nn.Module, directory: Path, base: str) -> None:
         """Write config.json and model.safetensors, which transformers loads; `base` is not needed."""
         with atomic_directory(directory) as folder:
-            save_safetensors(_llama(model), folder)
+            save_safetensors(_readable(model), folder)
 
     def load(self, model: nn.Module, directory: Path) -> None:
         """Read every weight from such a folder. Errors: FtlabError if its configuration or tensors differ."""
-        target = _llama(model)
+        target = _readable(model)
+        if isinstance(target, Classifier):
+            refill(target, directory)
+            return
         saved = load_model(directory, dtype=torch.float32, device=target.head_weight.device)
         if saved.config != target.config:
             raise FtlabError(
@@ -57,7 +60,7 @@ class WholeModel:
         )
 
 
-def _llama(model: nn.Module) -> LlamaForCausalLM:
-    if not isinstance(model, LlamaForCausalLM):
-        raise FtlabError(f"this method reads and writes llama models, not {type(model).__name__}")
+def _readable(model: nn.Module) -> AnyModel:
+    if not isinstance(model, AnyModel):
+        raise FtlabError(f"this method reads and writes llamas and classifiers, not {type(model).__name__}")
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,25 +17,47 @@ from torch import Tensor
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_path, atomic_write
 from ftlab.models.configuration import LlamaConfig
-from ftlab.models.llama import LlamaForCausalLM
 
-__all__ = ["SafetensorsFolder", "TensorSource", "read_json", "save_safetensors"]
+__all__ = [
+    "SafetensorsFiles",
+    "SafetensorsFolder",
+    "Saveable",
+    "TensorFiles",
+    "TensorSource",
+    "read_json",
+    "save_safetensors",
+]
 
 CHUNK_BYTES = 16 << 20  # how much of a file is looked at in one go
 FLOATING = {"F64", "F32", "F16", "BF16"}
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
-class TensorSource(Protocol):
-    """A checkpoint on disk, whatever its format, under Hugging Face's parameter names."""
+class TensorFiles(Protocol):
+    """Tensors on disk, whatever their format, under Hugging Face's parameter names."""
 
     where: str
-    config: LlamaConfig
     shapes: dict[str, tuple[int, ...]]
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor in consecutive slices of its first dimension, in any floating dtype."""
         ...
+
+
+class TensorSource(TensorFiles, Protocol):
+    """A llama's tensors and its configuration."""
+
+    config: LlamaConfig
+
+
+class Saveable(Protocol):
+    """A model that can be written as a Hugging Face folder."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tensors by name."""
+
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        """The fields of its config.json."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,12 +83,14 @@ def opened(path: Path) -> Iterator[Any]:
         raise FtlabError(f"{path}: cannot be read as safetensors: {error}") from None
 
 
-class SafetensorsFolder:
-    """A folder with config.json and model.safetensors, or the shards that model.safetensors.index.json lists."""
+class SafetensorsFiles:
+    """A folder with model.safetensors, or the shards that model.safetensors.index.json lists.
 
-    def __init__(self, folder: Path) -> None:
+    skip: names of tensors that are passed over unread.
+    """
+
+    def __init__(self, folder: Path, skip: re.Pattern[str] | None = None) -> None:
         self.where = str(folder)
-        self.config = LlamaConfig.from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for path, expected in find_shards(folder).items():
@@ -77,6 +102,8 @@ class SafetensorsFolder:
                         "download the folder again"
                     )
                 for name in names:
+                    if skip is not None and skip.fullmatch(name):
+                        continue
                     part = file.get_slice(name)
                     if part.get_dtype() not in FLOATING:
                         raise FtlabError(f"{path}: tensor {name} is {part.get_dtype()}; quantised weights are not read")
@@ -92,6 +119,14 @@ class SafetensorsFolder:
         for start in range(0, rows, step):
             with opened(self._files[name]) as file:
                 yield file.get_slice(name)[start : start + step] if shape else file.get_tensor(name)
+
+
+class SafetensorsFolder(SafetensorsFiles):
+    """The same with a llama's config.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = LlamaConfig.from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
+        super().__init__(folder)
 
 
 def find_shards(folder: Path) -> dict[Path, set[str] | None]:
@@ -121,7 +156,7 @@ def describe_names(names: set[str], limit: int = 5) -> str:
     return ", ".join(listed[:limit]) + more
 
 
-def state_to_save(model: LlamaForCausalLM, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+def state_to_save(model: Saveable, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
     """The model's tensors in one dtype (None: the widest among them), contiguous, on the CPU."""
     state = model.state_dict()
     if on_meta := {name for name, tensor in state.items() if tensor.is_meta}:
@@ -132,7 +167,7 @@ def state_to_save(model: LlamaForCausalLM, dtype: torch.dtype | None) -> Mapping
     return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
 
 
-def save_safetensors(model: LlamaForCausalLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_safetensors(model: Saveable, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write config.json and model.safetensors, which transformers loads, into an existing or new folder.
 
     All tensors are written in `dtype`; None keeps the one they have, or fp32 when they differ. Tied embeddings are
@@ -144,4 +179,4 @@ def save_safetensors(model: LlamaForCausalLM, directory: str | Path, dtype: torc
     with atomic_path(folder / SINGLE) as temporary:
         save_file(dict(state), str(temporary), metadata={"format": "pt"})
     name = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    atomic_write(folder / CONFIG, json.dumps(model.config.to_hf(name), indent=2) + "\n")
+    atomic_write(folder / CONFIG, json.dumps(model.hf_config(name), indent=2) + "\n")

@@ -289,6 +289,10 @@ class LlamaForCausalLM(nn.Module):
         for number, block in enumerate(self.model.layers):
             block.keep = noise.keep(number, len(self.model.layers))  # type: ignore[assignment]
 
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        """The fields of its config.json; `dtype` like "float32"."""
+        return self.config.to_hf(dtype)
+
     @property
     def head_weight(self) -> Tensor:
         """[V, D]: the weight of the LM head, or the embedding it is tied to."""

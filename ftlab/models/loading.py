@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ftlab.errors import FtlabError
-from ftlab.models.checkpoint import SafetensorsFolder, TensorSource, describe_names
+from ftlab.models.checkpoint import SafetensorsFolder, TensorFiles, TensorSource, describe_names
 from ftlab.models.configuration import LlamaConfig
 from ftlab.models.gguf import GGUFLlama, is_gguf
 from ftlab.models.llama import LlamaForCausalLM, RMSNorm
@@ -58,6 +58,11 @@ def check_names(source: TensorSource, expected: dict[str, tuple[int, ...]]) -> N
     found = {name for name in source.shapes if not DERIVED.fullmatch(name)}
     if source.config.tie_word_embeddings:
         found.discard(HEAD)
+    compare_names(source, found, expected)
+
+
+def compare_names(source: TensorFiles, found: set[str], expected: dict[str, tuple[int, ...]]) -> None:
+    """FtlabError unless the tensors `found` in `source` are those expected, in name and shape."""
     problems = []
     if missing := expected.keys() - found:
         problems.append(f"missing {describe_names(missing)}")
@@ -74,7 +79,7 @@ def check_names(source: TensorSource, expected: dict[str, tuple[int, ...]]) -> N
         raise FtlabError(f"{source.where}: the tensors do not fit the configuration: {'; '.join(problems)}")
 
 
-def read_tensor(source: TensorSource, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def read_tensor(source: TensorFiles, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """One tensor of a checkpoint, in `dtype`; what is held besides it is one slice."""
     out = torch.empty(source.shapes[name], dtype=dtype, device=device)
     flat = out.view(-1)

@@ -254,11 +254,14 @@ def json_tokenizer(path: Path) -> Tokenizer:
         return id
 
     eos_id = role("eos_token")
+    if eos_id is None:  # BERT's tokenizers name the token that ends a text so
+        eos_id = role("sep_token")
     eos = [] if eos_id is None else [eos_id]
     for name in ("generation_config.json", "config.json"):
         listed = beside(name).get("eos_token_id")
         eos += [] if listed is None else listed if isinstance(listed, list) else [listed]
-    special = assign_roles(backend, list(dict.fromkeys(eos)), role("bos_token"), role("pad_token"), where)
+    bos_id = role("cls_token") if role("bos_token") is None else role("bos_token")
+    special = assign_roles(backend, list(dict.fromkeys(eos)), bos_id, role("pad_token"), where)
     return Tokenizer(backend, special, find_chat_template(folder, config))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ftlab.studies.report_classification import loss_unit
 from ftlab.studies.runs import RunFolder
 
 __all__ = ["Curve", "Panel", "draw", "panels_of"]
@@ -17,6 +18,7 @@ COLOURS = ("#3b82f6", "#f2762e", "#1fa36b", "#b45bf0", "#e5484d", "#12a5b8", "#c
 INK = "#010203"  # stands for the page's text colour in what matplotlib writes
 SIZE_INCHES = (4.8, 2.7)
 SCORES = ("exact_match", "token_f1", "bleu", "chrf", "rougeL")
+LABEL_SCORES = ("accuracy", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "ece", "pearson", "spearman")
 NAMES = {
     "exact_match": "exact match",
     "token_f1": "token F1",
@@ -25,6 +27,15 @@ NAMES = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
+    "subset_accuracy": "all labels right",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "mcc": "MCC",
+    "auroc": "AUROC",
+    "ece": "calibration error",
+    "mse": "squared error",
+    "pearson": "Pearson's r",
+    "spearman": "Spearman's rho",
 }
 
 
@@ -55,8 +66,15 @@ def panels_of(run: RunFolder) -> list[Panel]:
 
     penalties = [key for key in run.keys("train") if key.startswith("penalty/")]
     panels = [
-        Panel("Loss (nats per supervised token)", [curve("train", "loss"), curve("validation", "loss", dots=True)]),
-        Panel("Validation scores (0 to 100)", [curve("validation", k, NAMES[k], True) for k in SCORES], True),
+        Panel(
+            f"Loss ({loss_unit(run.record).replace('token', 'supervised token')})",
+            [curve("train", "loss"), curve("validation", "loss", dots=True)],
+        ),
+        Panel(
+            "Validation scores (0 to 100)",
+            [curve("validation", k, NAMES.get(k, k), True) for k in (*SCORES, *LABEL_SCORES)],
+            True,
+        ),
         Panel("Learning rate", [curve("train", "lr")], True),
         Panel("Gradient norm before clipping", [curve("train", "grad_norm")], True),
         Panel("Penalties (part of the loss)", [curve("train", k, k.removeprefix("penalty/")) for k in penalties], True),

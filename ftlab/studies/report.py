@@ -18,18 +18,26 @@ from typing import Any
 import jinja2
 
 from ftlab.errors import FtlabError
-from ftlab.evaluation.metrics import METRICS, paired_difference
+from ftlab.evaluation.metrics import LOWER_IS_BETTER, METRICS, paired_difference
 from ftlab.evaluation.text_metrics import normalise_answer
 from ftlab.files import atomic_write
 from ftlab.studies.curves import NAMES, draw, panels_of
+from ftlab.studies.report_classification import (
+    ACCURACIES,
+    accuracy_difference,
+    kind_of_labels,
+    label_part,
+    loss_unit,
+)
 from ftlab.studies.runs import Answer, RunFolder, read_run
 from ftlab.training.progress import duration, memory_size
 
 __all__ = ["main", "write_report"]
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-LOWER_IS_BETTER = ("loss", "perplexity")
-UNITS = {"exact_match": "% of answers", "loss": "nats per token"}
+UNITS = {"exact_match": "% of answers", "accuracy": "% of texts", "subset_accuracy": "% of texts"}
+DECIMALS = ("loss", "perplexity", "mse")  # not on 0 to 100
+MAIN = ("exact_match", *ACCURACIES)
 SAMPLE_SEED = 0
 SPACE = "\N{NO-BREAK SPACE}"
 LONGEST_TEXT = 600  # characters of a prompt or an answer that a sample shows
@@ -79,6 +87,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "notes": _notes(run),
         "scores": _score_rows(record, changes),
         "scores_note": _scores_note(record),
+        "label_part": label_part(record),
         "samples": _samples(run),
         "samples_note": _samples_note(run),
         "curves": [{"title": panel.title, "svg": draw(panel, marks)} for panel in panels_of(run)],
@@ -114,27 +123,28 @@ def _status(record: Mapping[str, Any]) -> str:
 
 
 def _headline(run: RunFolder, changes: Mapping[str, Change]) -> str:
-    """The result in a sentence: exact match if there is one, else the test loss, else the validation loss."""
+    """The result in a sentence: exact match or accuracy if there is one, else test loss, else validation loss."""
     base, final = _part(run.record, "scores", "base"), _part(run.record, "scores", "final")
     count = len(run.predictions.get("final", ())) or run.record.get("data", {}).get("test") or 0
-    if "exact_match" in final:
-        after = _with_interval(final["exact_match"], f"{SPACE}%")
-        if "exact_match" not in base:
-            return f"Exact match on {count} test records: {after} after training."
-        before, verb = base["exact_match"]["value"], _verb(changes.get("exact_match"))
-        if before == final["exact_match"]["value"]:
-            return f"Exact match on {count} test records stayed at {after}."
-        return f"Exact match on {count} test records {verb} from {before:.1f}{SPACE}% to {after}."
+    main = next((key for key in MAIN if key in final), None)
+    unit = loss_unit(run.record)
+    if main is not None:
+        after = _with_interval(final[main], f"{SPACE}%")
+        title = NAMES.get(main, main).capitalize()
+        if main not in base:
+            return f"{title} on {count} test records: {after} after training."
+        before, verb = base[main]["value"], _verb(changes.get(main))
+        if before == final[main]["value"]:
+            return f"{title} on {count} test records stayed at {after}."
+        return f"{title} on {count} test records {verb} from {before:.1f}{SPACE}% to {after}."
     if "loss" in final:
-        after = f"{final['loss']['value']:.3f} nats per token"
+        after = f"{final['loss']['value']:.3f} {unit}"
         if "loss" not in base:
             return f"Test loss: {after} after training."
         return f"Test loss went from {base['loss']['value']:.3f} to {after}."
     _, values = run.series("validation", "loss")
     if values:
-        return (
-            f"Validation loss went from {values[0]:.3f} to {values[-1]:.3f} nats per token; the test split is unscored."
-        )
+        return f"Validation loss went from {values[0]:.3f} to {values[-1]:.3f} {unit}; the test split is unscored."
     return "This run has no result."
 
 
@@ -233,6 +243,8 @@ def _changes(run: RunFolder) -> dict[str, Change]:
         return changes
     resamples = _part(run.record, "config", "evaluation").get("bootstrap", 1000)
     for key in changes:
+        if key in ACCURACIES and (change := accuracy_difference(answers["base"], answers["final"])):
+            changes[key] = Change(*change)
         if key in METRICS:
             try:
                 changes[key] = Change(*paired_difference(answers["base"], answers["final"], key, bootstrap=resamples))
@@ -243,13 +255,17 @@ def _changes(run: RunFolder) -> dict[str, Change]:
 
 def _score_rows(record: Mapping[str, Any], changes: Mapping[str, Change]) -> list[dict[str, Any]]:
     base, final = _part(record, "scores", "base"), _part(record, "scores", "final")
-    order = [key for key in (*METRICS, *LOWER_IS_BETTER) if key in base or key in final]
-    order += [key for key in {**base, **final} if key not in order]
+    units = {**UNITS, "loss": loss_unit(record)}
+    first = METRICS if kind_of_labels(record) is None else ACCURACIES
+    last = ("loss", "perplexity")
+    order = [key for key in first if key in base or key in final]
+    order += [key for key in {**final, **base} if key not in (*order, *last)]
+    order += [key for key in last if key in base or key in final]
     return [
         {
             "name": NAMES.get(key, key),
-            "unit": UNITS.get(key, ""),
-            "main": key == "exact_match",
+            "unit": units.get(key, ""),
+            "main": key in MAIN,
             "before": _cell(key, base.get(key)),
             "after": _cell(key, final.get(key)),
             "change": _change_cell(key, changes.get(key)),
@@ -263,7 +279,7 @@ def _score_rows(record: Mapping[str, Any], changes: Mapping[str, Change]) -> lis
 def _number(key: str, value: float, *, sign: bool = False) -> str:
     if not math.isfinite(value):
         return str(value)
-    form = ("+" if sign else "") + (".3f" if key in LOWER_IS_BETTER and abs(value) < 1000 else ".1f")
+    form = ("+" if sign else "") + (".3f" if key in DECIMALS and abs(value) < 1000 else ".1f")
     return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -305,7 +321,7 @@ def _scores_note(record: Mapping[str, Any]) -> str:
         parts.append("The untouched model was not scored, so there is no before.")
     if not final:
         parts.append("The trained model was not scored, so there is no after.")
-    if "exact_match" not in final and "exact_match" not in base:
+    if "exact_match" not in final and "exact_match" not in base and kind_of_labels(record) is None:
         parts.append("No answers were generated.")
     return " ".join(parts)
 
@@ -348,6 +364,8 @@ def _samples_note(run: RunFolder) -> str:
     answers = run.predictions.get("final", [])
     if not answers:
         return "There are no answers of the trained model: nothing was generated for the test split."
+    if kind_of_labels(run.record) == "regression":
+        return f"{len(_chosen(run))} of {len(answers)} test records, drawn with a fixed seed ({SAMPLE_SEED})."
     right, chosen = sum(map(_is_right, answers)), _chosen(run)
     note = f"The trained model answered {right} of {len(answers)} test records exactly right."
     if not chosen:
@@ -440,14 +458,16 @@ def _data_card(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("file", data.get("location")),
         ("sha256", data.get("sha256")),
         ("records", sizes),
-        ("training tokens", _tokens(data)),
+        ("training tokens", _tokens(record, data)),
     ]
     return [(name, str(value)) for name, value in rows if value]
 
 
-def _tokens(data: Mapping[str, Any]) -> str:
+def _tokens(record: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     if "train_tokens" not in data:
         return ""
+    if kind_of_labels(record) is not None:
+        return f"{data['train_tokens']:,} in one epoch"
     return f"{data['train_tokens']:,} in one epoch, of which {data.get('train_supervised', 0):,} are supervised"
 
 

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from ftlab.config import CheckpointConfig
 from ftlab.data.loader import Batch, RowLoader, split_rows
 from ftlab.errors import DivergenceError, FtlabError
+from ftlab.evaluation.metrics import LOWER_IS_BETTER
 from ftlab.losses.penalties import Penalty
 from ftlab.optim.adamw import set_lr
 from ftlab.training.checkpoint import Checkpoints
@@ -203,12 +204,7 @@ def _next_batches(state: TrainState, run: Fit, ranks: Ranks) -> tuple[list[Batch
     if mine:
         return [run.loader.collate(part) for part in mine], ids
     # With fewer rows than ranks, the others must still take part in the gradient exchange, with nothing to say.
-    return [unsupervised(run.loader.collate(rows[:1]))], ids
-
-
-def unsupervised(batch: Batch) -> Batch:
-    """The same tokens with nothing supervised: a loss of exactly zero that reaches every parameter."""
-    return replace(batch, labels=torch.full_like(batch.labels, -100), num_supervised=0, num_tokens=0)
+    return [run.loader.collate(rows[:1]).unsupervised()], ids
 
 
 def _count(state: TrainState, result: StepResult, ids: tuple[str, ...]) -> None:
@@ -299,7 +295,7 @@ def _validate(state: TrainState, run: Fit, validate: Callable[[int], Mapping[str
     if metric not in values:
         raise FtlabError(f"checkpoint.metric={metric} is not among what validation measured: {', '.join(values)}")
     value = float(values[metric])
-    falls = run.checkpoint.mode == "min" or (run.checkpoint.mode == "auto" and metric in ("loss", "perplexity"))
+    falls = run.checkpoint.mode == "min" or (run.checkpoint.mode == "auto" and metric in LOWER_IS_BETTER)
     best = counters.best_value
     better = value == value and (best is None or (value < best if falls else value > best))
     if better:

@@ -156,10 +156,8 @@ def test_minutes_also_make_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_nothing_supervised_is_an_error() -> None:
-    from ftlab.training.loop import unsupervised
-
     model = tiny_llama()
-    batch = unsupervised(collate(ragged_examples(2), 2)[0])
+    batch = collate(ragged_examples(2), 2)[0].unsupervised()
     with pytest.raises(FtlabError, match="supervised"):
         train_step(Replica(model, loss_sum, Ranks()), KeepGradients(model), [batch], precision=FP32)
 

@@ -10,7 +10,7 @@ import torch
 
 from ftlab.config import PrecisionConfig
 from ftlab.data.loader import split_rows
-from ftlab.training.loop import StepResult, train_step, unsupervised
+from ftlab.training.loop import StepResult, train_step
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
 from tests.helpers.training import (
@@ -75,7 +75,7 @@ def _two_ranks(ranks: Ranks, folder: Path, counts: list[int]) -> None:
 
         loader = RowLoader(examples, data_config(), seed=0, pad_id=1)
         mine = [loader.collate(part) for part in split_rows(rows, ranks.rank, ranks.world, 2)]
-        mine = mine or [unsupervised(loader.collate(rows[:1]))]
+        mine = mine or [loader.collate(rows[:1]).unsupervised()]
         result = train_step(Replica(model, loss_sum, ranks), optimizer, mine, precision=FP32)
         if ranks.rank == 0:
             torch.save((optimizer.seen, result.supervised, result.nats), folder / f"{count}.pt")

@@ -56,9 +56,14 @@ def load_files(config: FilesDataConfig) -> tuple[Splits, SourceInfo]:
         test=read.get("test", divided.test),
     )
     hashes = {side: str(describe(location)["sha256"]) for side, location in named.items()}
+    return splits, source_info(config.name, named, hashes)
+
+
+def source_info(name: str, named: Mapping[str, str], hashes: Mapping[str, str]) -> SourceInfo:
+    """What is known of the user's own files: location and hash of each side that has one."""
     combined = sha256_bytes(json.dumps(hashes, sort_keys=True).encode())
-    info = SourceInfo(
-        name=config.name,
+    return SourceInfo(
+        name=name,
         title=", ".join(Path(location).name for location in named.values()),
         licence="not stated (your own files)",
         citation="",
@@ -67,7 +72,6 @@ def load_files(config: FilesDataConfig) -> tuple[Splits, SourceInfo]:
         location=", ".join(named.values()),
         sha256=hashes["train"] if len(hashes) == 1 else combined,
     )
-    return splits, info
 
 
 def leak_keys(record: Record) -> list[str]:

@@ -92,6 +92,7 @@ class Term:
     name: str = ""
     definition: str = ""
     synonyms: list[Synonym] = field(default_factory=list)
+    parents: list[str] = field(default_factory=list)
     obsolete: bool = False
 
 
@@ -150,6 +151,8 @@ def set_field(term: Term, tag: str, value: str) -> None:
         term.id = value.strip()
     elif tag == "name":
         term.name = unescape(value)
+    elif tag == "is_a":
+        term.parents.append(value.split(" ! ")[0].strip())
     elif tag == "is_obsolete":
         term.obsolete = value.strip() == "true"
     elif tag == "def":

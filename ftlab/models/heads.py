@@ -1,0 +1,235 @@
+"""Classifiers: an encoder or a decoder, one vector a text, and a linear head.
+
+    logits = W dropout(pool(h)) + b
+
+pool is the mean over real tokens, the first token (cls), BERT's tanh(dense(first token)) (pooler), or the last real
+token. Names are those of Hugging Face's `BertForSequenceClassification` (`bert.*`, `classifier.*`) and
+`LlamaForSequenceClassification` (`model.*`, `score.weight`, no bias).
+
+Shapes: E texts, T positions, D width, C outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ftlab.errors import ConfigError, FtlabError
+from ftlab.models.bert import BertModel
+from ftlab.models.checkpoint import CONFIG, SafetensorsFiles, read_json
+from ftlab.models.labels import LabelSet
+from ftlab.models.llama import Linear, LlamaConfig, LlamaForCausalLM
+from ftlab.models.loading import compare_names, read_tensor
+from ftlab.operators import TORCH, Operators
+
+__all__ = [
+    "AnyModel",
+    "BertClassifier",
+    "Classifier",
+    "Head",
+    "LlamaClassifier",
+    "TextBatch",
+    "fresh_layers",
+    "fresh_parameters",
+    "refill",
+]
+
+
+class TextBatch(Protocol):
+    """The part of a batch that a classifier reads; rows are padded on the right."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids, [E, T]."""
+
+    @property
+    def mask(self) -> Tensor:
+        """True at real tokens, [E, T]."""
+
+    @property
+    def token_types(self) -> Tensor:
+        """0 in the first text, 1 in the second, [E, T]."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Positions inside each text, [E, T]."""
+
+    @property
+    def documents(self) -> Any:
+        """Where each text lies; its padding is a document of its own."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head is made of: the labels, how one vector is made of a text, dropout on it, and the seed of W."""
+
+    labels: LabelSet
+    pooling: str
+    dropout: float = 0.0
+    seed: int = 0
+
+
+class _HeadMixin:
+    """What both classifiers have in common; `layer` is the attribute that holds the linear layer."""
+
+    head: Head
+    layer: str
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Names of layers that no pretraining gave values: they train whatever else does."""
+        return (self.layer,)
+
+    def _logits(self, h_ETD: Tensor, mask_ET: Tensor, pooler: nn.Module | None, linear: nn.Module) -> Tensor:
+        """[E, C], in fp32 whatever the model computed in."""
+        pooled_ED = pool(h_ETD, mask_ET, self.head.pooling, pooler)
+        if linear.training and self.head.dropout > 0:
+            pooled_ED = F.dropout(pooled_ED, self.head.dropout)
+        out: Tensor = linear(pooled_ED).float()
+        return out
+
+    def _hf_head(self, fields: dict[str, Any], architecture: str) -> dict[str, Any]:
+        return {
+            **fields,
+            "architectures": [architecture],
+            **self.head.labels.to_hf(),
+            "ftlab_pooling": self.head.pooling,
+        }
+
+
+def pool(h_ETD: Tensor, mask_ET: Tensor, pooling: str, pooler: nn.Module | None = None) -> Tensor:
+    """One vector a text, [E, D]; what stands at padded positions does not matter."""
+    if pooling == "mean":
+        real = mask_ET.unsqueeze(-1)
+        return h_ETD.masked_fill(~real, 0).sum(1) / real.sum(1)
+    if pooling == "last":
+        return h_ETD[torch.arange(len(h_ETD), device=h_ETD.device), mask_ET.sum(1) - 1]
+    if pooling == "pooler":
+        assert pooler is not None
+        out: Tensor = pooler(h_ETD)
+        return out
+    return h_ETD[:, 0]
+
+
+def fresh_layer(width: int, head: Head, deviation: float, *, bias: bool) -> nn.Linear:
+    """The linear layer: W from N(0, deviation^2) by the head's seed, b = 0."""
+    generator = torch.Generator().manual_seed(head.seed)
+    linear = Linear(width, head.labels.size, bias=bias)
+    with torch.no_grad():
+        linear.weight.copy_(torch.empty(linear.weight.shape).normal_(0.0, deviation, generator=generator))
+        if bias:
+            linear.bias.zero_()
+    return linear
+
+
+class BertClassifier(_HeadMixin, nn.Module):
+    """An encoder with a head."""
+
+    layer = "classifier"
+
+    def __init__(self, bert: BertModel, head: Head) -> None:
+        super().__init__()
+        if head.pooling == "pooler" and bert.pooler is None:
+            raise ConfigError("head.pooling: pooler needs an encoder that was loaded with its pooler")
+        self.head, self.config = head, bert.config
+        self.operators = TORCH
+        self.bert = bert
+        weight = bert.embeddings.word_embeddings.weight
+        self.classifier = fresh_layer(self.config.hidden_size, head, self.config.initializer_range, bias=True)
+        self.classifier.to(device=weight.device, dtype=weight.dtype)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The encoder layers."""
+        return self.bert.encoder.layer
+
+    @property
+    def checkpoint_blocks(self) -> bool:
+        """Whether activations are recomputed."""
+        return self.bert.checkpoint_blocks
+
+    @checkpoint_blocks.setter
+    def checkpoint_blocks(self, recompute: bool) -> None:
+        self.bert.checkpoint_blocks = recompute
+
+    def use(self, operators: Operators) -> None:
+        """Compute the adapters by these operators; the encoder itself is torch's."""
+        for module in self.modules():
+            if hasattr(module, "operators"):
+                module.operators = operators  # type: ignore[assignment]
+
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        """The fields of its config.json."""
+        return self._hf_head(self.config.to_hf(dtype), "BertForSequenceClassification")
+
+    def forward(self, batch: TextBatch) -> Tensor:
+        """[E, C]."""
+        h_ETD = self.bert(batch.input_ids, batch.mask, batch.token_types)
+        return self._logits(h_ETD, batch.mask, self.bert.pooler, self.classifier)
+
+
+class LlamaClassifier(_HeadMixin, LlamaForCausalLM):
+    """A decoder whose head gives labels instead of tokens; takes over the decoder of a causal model."""
+
+    layer = "score"
+
+    def __init__(self, base: LlamaForCausalLM, head: Head) -> None:
+        if head.pooling not in ("last", "mean"):
+            raise ConfigError(
+                f"head.pooling: {head.pooling} reads the first token, which in a decoder sees no other; use last"
+            )
+        config: LlamaConfig = base.config
+        super().__init__(config)
+        self.head, self.lm_head, self.model = head, None, base.model
+        weight = base.model.embed_tokens.weight
+        self.score = fresh_layer(config.hidden_size, head, config.initializer_range, bias=False)
+        self.score.to(device=weight.device, dtype=weight.dtype)
+
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        """The fields of its config.json."""
+        return self._hf_head(self.config.to_hf(dtype), "LlamaForSequenceClassification")
+
+    def forward(self, batch: TextBatch) -> Tensor:  # type: ignore[override]  # another task, other arguments
+        """[E, C]."""
+        h_ETD = self.hidden_states(batch.input_ids, batch.position_ids, batch.documents)
+        return self._logits(h_ETD, batch.mask, None, self.score)
+
+
+Classifier = BertClassifier | LlamaClassifier
+AnyModel = LlamaForCausalLM | BertClassifier
+
+
+def fresh_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers of a model that no pretraining gave values."""
+    return model.fresh if isinstance(model, _HeadMixin) else ()
+
+
+def fresh_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Their parameters by name."""
+    names = fresh_layers(model)
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in names}
+
+
+def refill(model: Classifier, directory: Path) -> None:
+    """Read every weight of a classifier from a folder that `save_safetensors` wrote of one like it.
+
+    Errors: FtlabError if its configuration, labels or pooling differ, or a tensor is missing, left over or misshapen.
+    """
+    ours, theirs = model.hf_config(""), read_json(directory / CONFIG)
+    differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if differing := [key for key in differing if key != "torch_dtype"]:
+        raise FtlabError(
+            f"{directory}: config.json describes another model than the one to be filled ({', '.join(differing)} "
+            "differ); use that one"
+        )
+    source = SafetensorsFiles(directory)
+    state = model.state_dict()
+    compare_names(source, set(source.shapes), {name: tuple(tensor.shape) for name, tensor in state.items()})
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(read_tensor(source, name, torch.float32, tensor.device))
