@@ -285,7 +285,11 @@ class _Session:
             labels=None if data.labels is None else data.labels.as_dict(),
             parameters=rows,
             kernels={"chosen": built.kernels},
-            memory=static_memory(built.model.parameters(), built.model.buffers()),
+            memory=static_memory(
+                built.model.parameters(),
+                built.model.buffers(),
+                state=getattr(self.config.optimizer, "state", "fp32"),
+            ),
         )
         trainable = sum(row["count"] for row in rows if row["trainable"])
         total = sum(row["count"] for row in rows)

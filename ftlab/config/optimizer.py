@@ -35,6 +35,9 @@ class AdamWConfig(OptimizerConfig):
     beta1: float = option(0.9, "decay of the first moment", low=0, below=1)
     beta2: float = option(0.999, "decay of the second moment", low=0, below=1)
     eps: float = option(1e-8, "added to the root of the second moment", above=0)
+    state: str = option(
+        "fp32", "moments in fp32, or 8bit: one byte each in blocks of 256 (arXiv 2110.02861)", choices=("fp32", "8bit")
+    )
 
 
 @dataclass

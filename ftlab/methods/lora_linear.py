@@ -173,13 +173,13 @@ class LoRALinear(nn.Linear):
         """The frozen weight, merged or not: fp32 [out, in]."""
         if self.packed is not None:
             return self.packed.dequantise()
-        return (self.weight if self._base_weight is None else self._base_weight).detach().float()
+        return _wide(self.weight if self._base_weight is None else self._base_weight).detach()
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
         """||W + s B A|| of each row: fp32 [out], without a gradient."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            moved = torch.addmm(self._base(), self.lora_B, self.lora_A, alpha=self.scale)
+            moved = torch.addmm(self._base(), _wide(self.lora_B), _wide(self.lora_A), alpha=self.scale)
             norms: Tensor = torch.linalg.vector_norm(moved, dim=1)
             return norms
 
@@ -196,7 +196,7 @@ class LoRALinear(nn.Linear):
 
         PiSSA's B A - B0 A0 as [B - B0 | B0] [A; A - A0], in which nothing large cancels near the start.
         """
-        a, b = self.lora_A.float(), self.lora_B.float()
+        a, b = _wide(self.lora_A), _wide(self.lora_B)
         if self.principal_A is None or self.principal_B is None:
             return b, a
         return torch.cat((b - self.principal_B, self.principal_B), 1), torch.cat((a, a - self.principal_A))
@@ -306,6 +306,11 @@ def sample(weight: Tensor) -> Tensor:
     flat = weight.detach().reshape(-1)
     index = torch.arange(min(_SAMPLES, len(flat)), device=flat.device) * max(len(flat) // _SAMPLES, 1)
     return flat[index].float().cpu()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _squared(leaf: LoRALinear) -> Tensor:

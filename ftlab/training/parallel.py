@@ -178,7 +178,8 @@ class Replica:
     def wrap(self) -> None:
         """Average the gradients of what trains now; to be called again, on every rank, when that changes."""
         if self.ranks.world > 1:
-            self._objective = DistributedDataParallel(self._plain)
+            # Buffers hold frozen weights: they are made equal once, at the start, and never change.
+            self._objective = DistributedDataParallel(self._plain, broadcast_buffers=False)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Summed loss of one batch, with its graph."""

@@ -41,17 +41,23 @@ class Preflight:
         }
 
 
-def static_memory(parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor] = ()) -> dict[str, int]:
+def static_memory(
+    parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor] = (), *, state: str = "fp32"
+) -> dict[str, int]:
     """Bytes of weights, gradients and AdamW's two moments; activations come on top and are measured.
 
-    buffers: what a model holds besides its parameters, such as quantised weights; they count as weights.
+    buffers: what a model holds besides its parameters, such as quantised weights; they count as weights. state: of the
+    moments, fp32, or 8bit with one byte each and a scale for 256.
     """
+    moments = 0
     weights, gradients = sum(buffer.numel() * buffer.element_size() for buffer in buffers), 0
     for parameter in parameters:
         size = parameter.numel() * parameter.element_size()
         weights += size
-        gradients += size if parameter.requires_grad else 0
-    return {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients}
+        if parameter.requires_grad:
+            gradients += size
+            moments += 2 * size if state == "fp32" else 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))
+    return {"weights": weights, "gradients": gradients, "optimizer": moments}
 
 
 def check_gradients(model: nn.Module) -> tuple[str, ...]:

@@ -195,9 +195,9 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
         compose([*RUN, f"method.start_from={tmp_path}"])
 
 
-@pytest.mark.parametrize("variant", ["dora", "pissa", "qlora", "lora"])
+@pytest.mark.parametrize("variant", ["dora", "pissa", "qlora", "lora", "lora optimizer.state=8bit"])
 def test_resumed_it_is_bit_equal(variant: str, tmp_path: Path) -> None:
-    settings = [f"method={variant}", "method.rank=4", "method.dropout=0.2", "checkpoint.every_steps=3"]
+    settings = [*f"method={variant}".split(), "method.rank=4", "method.dropout=0.2", "checkpoint.every_steps=3"]
     whole = run(tmp_path / "whole", *settings, "checkpoint.keep_last=4")
     halfway = tmp_path / "whole" / "checkpoints" / "step-00000003"
     resumed = run(tmp_path / "resumed", *settings, f"resume={halfway}")

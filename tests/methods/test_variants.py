@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ftlab.config import LoRAConfig, RegularizerConfig
+from ftlab.config import EWCConfig, LoRAConfig, RegularizerConfig
 from ftlab.config.regularizer import L2SPConfig
 from ftlab.errors import ConfigError
+from ftlab.losses.ewc import EWC
+from ftlab.losses.fisher import FILE, FisherFacts, save_fisher
 from ftlab.losses.penalties import build_penalties
 from ftlab.methods import Method, make_method
 from ftlab.methods.lora import lora_leaves
@@ -117,6 +120,30 @@ def test_the_penalty_is_the_distance_of_the_effective_weight(changes: dict[str, 
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("changes", [{}, DORA, PISSA, {"quantize": "nf4"}], ids=str)
+def test_ewc_measures_the_effective_weight_from_its_anchor(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Of a task that ended elsewhere, and of one that ended where these weights begin."""
+    model, method = moved(changes)
+    generator = torch.Generator().manual_seed(2)
+    names = [f"{name}.weight" for name in lora_leaves(model)]
+    pretrained = {name: tiny_llama().get_parameter(name).detach() for name in names}
+    fisher = {name: torch.rand(value.shape, generator=generator).bfloat16() for name, value in pretrained.items()}
+    elsewhere = {name: value + torch.randn(value.shape, generator=generator) for name, value in pretrained.items()}
+    for task, anchors in (("first", elsewhere), ("second", pretrained)):
+        (tmp_path / task).mkdir()
+        save_fisher(tmp_path / task / FILE, fisher, anchors, FisherFacts("true", 1, 0))
+    penalty = EWC(model, EWCConfig(strength=0.3, source=[str(tmp_path / "first"), str(tmp_path / "second")]))
+    found = penalty.value(model).detach()
+    method.merge(model)
+    state = method.merged(model).state_dict()
+    total = sum(
+        0.15 * float((fisher[n].float() * (state[n] - anchors[n]).square()).sum())
+        for anchors in (elsewhere, pretrained)
+        for n in names
+    )
+    assert float(found) == pytest.approx(total, rel=1e-4)
+
+
 # --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +222,17 @@ def test_every_path_computes_the_same(kernels: str, changes: dict[str, Any], bia
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("kernels", ["native", "check"])
+def test_dora_in_bf16_is_as_near_to_fp64_as_torch(kernels: str) -> None:
+    model, _ = moved(DORA, mlp_bias=True)
+    exact = loss_and_gradients(copy.deepcopy(model).double(), "reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs, ours = (loss_and_gradients(model, path) for path in ("reference", kernels))
+    for name in exact.keys() - {"loss"}:
+        error, own = (float((each[name] - exact[name]).norm() / exact[name].norm()) for each in (ours, theirs))
+        assert error <= 2 * own + 1e-3, name
 
 
 @pytest.mark.parametrize("kernels", ["reference", "native"])
