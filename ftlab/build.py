@@ -19,6 +19,7 @@ from ftlab.data.tokenization import Example, encode_all
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import Penalty, build_penalties
+from ftlab.losses.r_drop import r_drop
 from ftlab.methods import Method, make_method
 from ftlab.methods.trainable import ParameterRow
 from ftlab.models.activation_cache import ActivationCache
@@ -193,12 +194,15 @@ def loss_sum_of(config: Config) -> Any:
 
 
 def objective_of(config: Config, cache: ActivationCache | None = None) -> Any:
-    """What training lowers: the same sum with label smoothing, from the cached activations if there are any."""
-    return functools.partial(
-        loss_sum_of(config),
-        hidden_states=None if cache is None else cache.hidden_states,
-        smoothing=config.regularizer.label_smoothing,
-    )
+    """What training lowers: the same sum with label smoothing and R-Drop, from cached activations if there are any."""
+    settings: dict[str, Any] = {
+        "chunk": config.training.head_chunk,
+        "hidden_states": None if cache is None else cache.hidden_states,
+        "smoothing": config.regularizer.label_smoothing,
+    }
+    if config.regularizer.r_drop > 0:
+        return functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
+    return functools.partial(supervised_cross_entropy, **settings)
 
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:

@@ -250,6 +250,12 @@ def check_noise(config: Config) -> None:
             "regularizer.neftune: with data.share_prefix=true the shared tokens have no length of their own document; "
             "set data.share_prefix=false or neftune=0"
         )
+    random = any(strength > 0 for strength in (*places.values(), *below_head.values()))
+    if regularizer.r_drop > 0 and not random and getattr(config.method, "dropout", 0) == 0:
+        raise ConfigError(
+            f"regularizer.r_drop: {regularizer.r_drop} compares two passes, which are the same without dropout; give "
+            "regularizer.dropout.residual (or another place), method.dropout with method=lora, or r_drop=0"
+        )
     without_kernel = {"label_smoothing": regularizer.label_smoothing, "dropout.attention": places["dropout.attention"]}
     without = ("label_smoothing", "dropout.attention") if config.kernels == "native" else ("dropout.attention",)
     for name in without if config.kernels in ("native", "triton") else ():
