@@ -31,9 +31,10 @@ from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
 from ftlab.startup import without_collector
 from ftlab.training.averaging import Averaging
-from ftlab.training.loop import Hook
+from ftlab.training.loop import Climb, Hook
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, dtype_of
+from ftlab.training.sharpness import climbed
 from ftlab.training.unfreezing import Unfreezing
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "build_model",
     "build_tokenizer",
     "build_training",
+    "climb_of",
     "export_folder",
     "fingerprints",
     "loss_sum_of",
@@ -186,6 +188,12 @@ def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
     if config.regularizer.average.kind != "none":
         hooks.append(Averaging(config.regularizer.average, total_steps))
     return hooks
+
+
+def climb_of(config: Config) -> Climb | None:
+    """Where the step's gradient is taken, if not where the weights stand."""
+    rho = config.regularizer.sam
+    return functools.partial(climbed, rho=rho) if rho > 0 else None
 
 
 def loss_sum_of(config: Config) -> Any:

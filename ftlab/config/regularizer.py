@@ -92,5 +92,8 @@ class RegularizerConfig:
     r_drop: float = option(
         0.0, "strength of the agreement of two passes under two dropout masks; doubles the forward work", low=0
     )
+    sam: float = option(
+        0.0, "rho of sharpness-aware minimization: how far the weights move before the gradient is taken", low=0
+    )
     average: AverageConfig = option(AverageConfig, "an average of the weights as the result")
     extra: dict[str, Any] = option(dict, "your own penalties: name -> {_target_: module.Class, ...arguments}")

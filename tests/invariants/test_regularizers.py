@@ -92,6 +92,7 @@ REGULARIZERS["r_drop"] = Row(
     inside=True,
     without=lambda: RegularizerConfig(dropout=DropoutConfig(residual=0.1)),
 )
+REGULARIZERS["sam"] = Row(lambda s: RegularizerConfig(sam=s), 0.1)
 METHODS: dict[str, Callable[[], MethodConfig]] = {
     "full": FullConfig,
     "lora": lambda: LoRAConfig(rank=4, alpha=8.0, dropout=0.2),
@@ -155,6 +156,7 @@ def train(
         validate=lambda step: {"loss": 1.0 / step},
         micro_batch_size=data.micro_batch_size,
         on_step=on_step,
+        climb=build.climb_of(config),
         hooks=build.build_hooks(config, make_method(config.method, seed=0), STEPS),
     )
     if resume:
