@@ -33,6 +33,7 @@ from ftlab.evaluation.measure import Measurer, Measures
 from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.penalties import Penalty, build_penalties
+from ftlab.losses.r_drop import r_drop
 from ftlab.methods import Method, make_method
 from ftlab.methods.lora import quantised_rows
 from ftlab.methods.trainable import ParameterRow
@@ -48,9 +49,10 @@ from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
 from ftlab.startup import without_collector
 from ftlab.training.averaging import Averaging
-from ftlab.training.loop import Hook
+from ftlab.training.loop import Climb, Hook
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, dtype_of
+from ftlab.training.sharpness import climbed
 from ftlab.training.unfreezing import Unfreezing
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "build_training",
     "causal",
     "check_lengths",
+    "climb_of",
     "export_folder",
     "fingerprints",
     "loss_sum_of",
@@ -235,6 +238,12 @@ def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
     return hooks
 
 
+def climb_of(config: Config) -> Climb | None:
+    """Where the step's gradient is taken, if not where the weights stand."""
+    rho = config.regularizer.sam
+    return functools.partial(climbed, rho=rho) if rho > 0 else None
+
+
 def loss_sum_of(config: Config) -> Any:
     """What evaluation measures: (model, batch) -> summed nats, whatever the run is regularized by."""
     if isinstance(config.data, LabelledDataConfig):
@@ -243,14 +252,17 @@ def loss_sum_of(config: Config) -> Any:
 
 
 def objective_of(config: Config, cache: ActivationCache | None = None) -> Any:
-    """What training lowers: the same sum with label smoothing, from the cached activations if there are any."""
+    """What training lowers: the same sum with label smoothing and R-Drop, from cached activations if there are any."""
     if isinstance(config.data, LabelledDataConfig):
         return classify.objective(config, config.regularizer.label_smoothing)
-    return functools.partial(
-        loss_sum_of(config),
-        hidden_states=None if cache is None else cache.hidden_states,
-        smoothing=config.regularizer.label_smoothing,
-    )
+    settings: dict[str, Any] = {
+        "chunk": config.training.head_chunk,
+        "hidden_states": None if cache is None else cache.hidden_states,
+        "smoothing": config.regularizer.label_smoothing,
+    }
+    if config.regularizer.r_drop > 0:
+        return functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
+    return functools.partial(supervised_cross_entropy, **settings)
 
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:

@@ -193,6 +193,10 @@ def check_labels(config: Config) -> None:
         "data.share_prefix": (data.share_prefix, "texts share no prefix; set it to false"),
         "data.system": (data.system is not None, "texts with labels have no system message; leave it null"),
         "data.template": (data.template != "model", "texts with labels go through no chat template; leave it out"),
+        "regularizer.r_drop": (
+            config.regularizer.r_drop > 0,
+            "R-Drop compares distributions over tokens; set it to 0",
+        ),
         "regularizer.dropout.head": (
             config.regularizer.dropout.head > 0,
             "a classifier's head has head.dropout instead",
@@ -338,6 +342,12 @@ def check_noise(config: Config) -> None:
         raise ConfigError(
             "regularizer.neftune: with data.share_prefix=true the shared tokens have no length of their own document; "
             "set data.share_prefix=false or neftune=0"
+        )
+    random = any(strength > 0 for strength in (*places.values(), *below_head.values()))
+    if regularizer.r_drop > 0 and not random and getattr(config.method, "dropout", 0) == 0:
+        raise ConfigError(
+            f"regularizer.r_drop: {regularizer.r_drop} compares two passes, which are the same without dropout; give "
+            "regularizer.dropout.residual (or another place), method.dropout with method=lora, or r_drop=0"
         )
     without_kernel = {"label_smoothing": regularizer.label_smoothing, "dropout.attention": places["dropout.attention"]}
     without = ("label_smoothing", "dropout.attention") if config.kernels == "native" else ("dropout.attention",)

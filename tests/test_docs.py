@@ -32,6 +32,7 @@ from ftlab.export import ExportArguments
 from ftlab.fisher import FisherArguments
 from ftlab.generate import GenerateArguments
 from ftlab.schema import NOT_HASHED
+from ftlab.soup import SoupArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -42,6 +43,7 @@ SETTINGS = {
     "export": ExportArguments,
     "fisher": FisherArguments,
     "generate": GenerateArguments,
+    "soup": SoupArguments,
 }
 PROGRAMS = ("python -m", "python scripts/", "torchrun", "scripts/")
 

@@ -108,6 +108,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         {"regularizer__stochastic_depth": 0.1, "training__activation_cache_gib": 1.0},
         "regularizer.stochastic_depth: 0.1 makes activations random",
     ),
+    (
+        {"regularizer__r_drop": 1.0, "method__dropout": 0.0},
+        "regularizer.r_drop: 1.0 compares two passes, which are the same without dropout",
+    ),
     ({"regularizer__neftune": 5.0, "data__share_prefix": True}, "regularizer.neftune: with data.share_prefix=true"),
     (
         {"regularizer__dropout__attention": 0.1, "kernels": "triton"},

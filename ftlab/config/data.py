@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ftlab.config.options import REQUIRED, option
 
@@ -62,25 +63,36 @@ class FilesDataConfig(DataConfig):
     test: str | None = option(None, "location of the test records; null: split off the training records")
 
 
+def _packing() -> Any:
+    return option(False, "several texts in one row; classification has one text a row, so this stays false")
+
+
+def _multiple() -> Any:
+    return option(8, "pad the rows of a batch to a multiple of this many tokens; 1: to the longest", low=1)
+
+
+def _labels() -> Any:
+    kinds = ("single", "multi", "regression")
+    return option("single", "one label a text, a list of labels, or a number", choices=kinds)
+
+
+def _shots() -> Any:
+    return option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
+
+
+def _shots_seed() -> Any:
+    return option(0, "which texts those are", low=0)
+
+
 @dataclass
-class LabelledDataConfig(DataConfig):
-    """Texts with a label: what a classifier learns from. One text is one row."""
-
-    packing: bool = option(False, "several texts in one row; classification has one text a row, so this stays false")
-    pad_to_multiple: int = option(
-        8, "pad the rows of a batch to a multiple of this many tokens; 1: to the longest", low=1
-    )
-    labels: str = option(
-        "single", "one label a text, a list of labels, or a number", choices=("single", "multi", "regression")
-    )
-    shots: int | None = option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
-    shots_seed: int = option(0, "which texts those are", low=0)
-
-
-@dataclass
-class LabelledFilesConfig(LabelledDataConfig):
+class LabelledFilesConfig(DataConfig):
     """The user's own labelled JSONL or CSV files."""
 
+    packing: bool = _packing()
+    pad_to_multiple: int = _multiple()
+    labels: str = _labels()
+    shots: int | None = _shots()
+    shots_seed: int = _shots_seed()
     train: str = option(REQUIRED, "location of the training records")
     validation: str | None = option(None, "location of the validation records; null: split off the training records")
     test: str | None = option(None, "location of the test records; null: split off the training records")
@@ -91,11 +103,17 @@ class LabelledFilesConfig(LabelledDataConfig):
 
 
 @dataclass
-class HPOOrganConfig(LabelledDataConfig):
+class HPOOrganConfig(DataConfig):
     """Definitions of the Human Phenotype Ontology, labelled with the organ system they lie under."""
 
+    packing: bool = _packing()
+    pad_to_multiple: int = _multiple()
+    labels: str = _labels()
+    shots: int | None = _shots()
+    shots_seed: int = _shots_seed()
     location: str = option(REQUIRED, "location of hp.obo")
     min_per_label: int = option(20, "organ systems with fewer definitions are left out", low=1)
 
 
-# --- method --------------------------------------------------------------------------------------------------------
+LabelledDataConfig = LabelledFilesConfig | HPOOrganConfig
+"""What a classifier learns from: texts with a label. One text is one row."""

@@ -89,5 +89,11 @@ class RegularizerConfig:
         below=1,
     )
     neftune: float = option(0.0, "alpha of the uniform noise on embeddings, alpha / sqrt(L d) at most", low=0)
+    r_drop: float = option(
+        0.0, "strength of the agreement of two passes under two dropout masks; doubles the forward work", low=0
+    )
+    sam: float = option(
+        0.0, "rho of sharpness-aware minimization: how far the weights move before the gradient is taken", low=0
+    )
     average: AverageConfig = option(AverageConfig, "an average of the weights as the result")
     extra: dict[str, Any] = option(dict, "your own penalties: name -> {_target_: module.Class, ...arguments}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ftlab.operators import Operators
 from ftlab.operators.linear_cross_entropy import IGNORED
 
-__all__ = ["SupervisedBatch", "SupervisedModel", "supervised_cross_entropy"]
+__all__ = ["HiddenStates", "SupervisedBatch", "SupervisedModel", "supervised_cross_entropy", "supervised_rows"]
 
 
 HiddenStates = Callable[[Any, Tensor, Tensor, Any], Tensor]
@@ -72,10 +72,17 @@ def supervised_cross_entropy(
     hidden_states: computes them instead of the model itself, from the model and the batch's tokens, positions and
     documents; `ActivationCache.hidden_states` is one. smoothing: the label smoothing, which is for training only.
     """
+    hidden_ND, labels_N = supervised_rows(model, batch, hidden_states)
+    return model.operators.linear_cross_entropy(hidden_ND, model.head_weight, labels_N, chunk, smoothing)
+
+
+def supervised_rows(
+    model: SupervisedModel, batch: SupervisedBatch, hidden_states: HiddenStates | None = None
+) -> tuple[Tensor, Tensor]:
+    """What enters the head at the positions that have a label, [N, D], and those labels, [N]."""
     where = (batch.input_ids, batch.position_ids, batch.documents)
     hidden_BTD = model.hidden_states(*where) if hidden_states is None else hidden_states(model, *where)
     labels = batch.labels.reshape(-1)
     supervised_N = torch.nonzero(labels != IGNORED).squeeze(1)
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, supervised_N)
-    labels_N = labels.index_select(0, supervised_N)
-    return model.operators.linear_cross_entropy(hidden_ND, model.head_weight, labels_N, chunk, smoothing)
+    return hidden_ND, labels.index_select(0, supervised_N)

@@ -107,7 +107,8 @@ def read_settings(folder: Path, whole: Sequence[str] = ()) -> Settings:
     if found.get("bias", "none") != "none":
         foreign.append("bias")
     if (found.get("modules_to_save") or []) != list(whole):
-        foreign.append(f"modules_to_save={found.get('modules_to_save')} (here {list(whole) or None})")
+        here = f" (here {list(whole)})" if whole else ""
+        foreign.append(f"modules_to_save={found.get('modules_to_save')}{here}")
     if foreign:
         raise FtlabError(
             f"{path} uses {', '.join(foreign)}, which ftlab does not have; load this adapter with PEFT, or merge it "

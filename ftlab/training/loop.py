@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from ftlab.config import CheckpointConfig
 from ftlab.data.loader import Batch, RowLoader, split_rows
@@ -30,7 +31,7 @@ from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, capture_rng
 from ftlab.training.tracking import Tracker
 
-__all__ = ["Fit", "Hook", "Limits", "StepResult", "fit", "save_state", "train_step", "validation_steps"]
+__all__ = ["Climb", "Fit", "Hook", "Limits", "StepResult", "fit", "save_state", "train_step", "validation_steps"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class StepResult:
     applied: bool  # False: a gradient was not finite and the weights did not move
 
 
+Climb = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
+"""Moves the weights by means of their gradients; at the context's end they are back, bit for bit."""
+
+
 def train_step(
     replica: Replica,
     optimizer: torch.optim.Optimizer,
@@ -53,12 +58,15 @@ def train_step(
     precision: Precision,
     penalties: Sequence[Penalty] = (),
     max_grad_norm: float | None = None,
+    climb: Climb | None = None,
 ) -> StepResult:
     """One optimizer step over `micro_batches`: this rank's part of the global batch, at least one.
 
     The loss is the sum over all micro-batches and ranks divided once by their supervised tokens, counted before the
     first backward, so the gradient does not depend on how the batch was split. DistributedDataParallel averages over
     ranks; the factor `world` undoes that. Penalties join the last micro-batch, equal on every rank.
+
+    climb: the step follows the gradient of the weights moved like that, and reports the loss of those not moved.
     """
     ranks = replica.ranks
     local = [float(sum(b.num_supervised for b in micro_batches)), float(sum(b.num_tokens for b in micro_batches))]
@@ -67,6 +75,26 @@ def train_step(
         raise FtlabError("a global batch without a single supervised token; the loader must not yield one")
 
     optimizer.zero_grad(set_to_none=True)
+    nats, values = _accumulate(replica, micro_batches, supervised, precision, penalties)
+    if climb is not None:
+        with climb(replica.model):
+            optimizer.zero_grad(set_to_none=True)
+            _accumulate(replica, micro_batches, supervised, precision, penalties)
+    total_nats = float(ranks.sum(nats))
+    grad_norm, applied = precision.step(optimizer, max_grad_norm, finite=math.isfinite(total_nats))
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total_nats, supervised, tokens, grad_norm, values, applied)
+
+
+def _accumulate(
+    replica: Replica,
+    micro_batches: Sequence[Batch],
+    supervised: int,
+    precision: Precision,
+    penalties: Sequence[Penalty],
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Add the gradient of the global batch to the parameters; this rank's nats, and the value of each penalty."""
+    ranks = replica.ranks
     nats = torch.zeros((), dtype=torch.float64, device=ranks.device)
     values: dict[str, float] = {}
     for number, batch in enumerate(micro_batches):
@@ -82,10 +110,7 @@ def train_step(
                     values[penalty.name] = float(value.detach())
                     loss = loss + value
             precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    total_nats = float(ranks.sum(nats))
-    grad_norm, applied = precision.step(optimizer, max_grad_norm, finite=math.isfinite(total_nats))
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(total_nats, supervised, tokens, grad_norm, values, applied)
+    return nats, values
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,7 @@ class Fit:
     validate: Callable[[int], Mapping[str, float]] | None = None  # None: nothing to validate on
     on_step: Callable[[int, StepResult, tuple[str, ...]], None] | None = None
     hooks: Sequence[Hook] = ()
+    climb: Climb | None = None
     last_save: float = field(default_factory=time.monotonic)
     saved_step: int = -1
     log_time: float = field(default_factory=time.monotonic)
@@ -174,6 +200,7 @@ def fit(state: TrainState, run: Fit) -> None:
             precision=state.precision,
             penalties=run.penalties,
             max_grad_norm=run.limits.max_grad_norm,
+            climb=run.climb,
         )
         _count(state, result, ids)
         for hook in run.hooks:

@@ -65,6 +65,7 @@ class Row:
     strength: float
     inside: bool = False
     logs: str = ""
+    without: Callable[[], RegularizerConfig] = RegularizerConfig
 
 
 def dropout_at(place: str) -> Row:
@@ -84,6 +85,14 @@ REGULARIZERS |= {
     kind: Row(lambda s, kind=kind: RegularizerConfig(average=AverageConfig(kind if s else "none", 0.5, 0.3)), 1.0)  # type: ignore[misc]
     for kind in ("ema", "swa")
 }
+REGULARIZERS["r_drop"] = Row(
+    # zero strength is held against the run with the same dropout: see `without`
+    lambda s: RegularizerConfig(r_drop=s, dropout=DropoutConfig(residual=0.1)),
+    2.0,
+    inside=True,
+    without=lambda: RegularizerConfig(dropout=DropoutConfig(residual=0.1)),
+)
+REGULARIZERS["sam"] = Row(lambda s: RegularizerConfig(sam=s), 0.1)
 METHODS: dict[str, Callable[[], MethodConfig]] = {
     "full": FullConfig,
     "lora": lambda: LoRAConfig(rank=4, alpha=8.0, dropout=0.2),
@@ -147,6 +156,7 @@ def train(
         validate=lambda step: {"loss": 1.0 / step},
         micro_batch_size=data.micro_batch_size,
         on_step=on_step,
+        climb=build.climb_of(config),
         hooks=build.build_hooks(config, make_method(config.method, seed=0), STEPS),
     )
     if resume:
@@ -174,7 +184,7 @@ def assert_same_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 @every_method
 @every_regularizer
 def test_zero_strength_is_bitwise_the_run_without_it(tmp_path: Path, name: str, method: str) -> None:
-    without = train(tmp_path / "without", method, RegularizerConfig())
+    without = train(tmp_path / "without", method, REGULARIZERS[name].without())
     zero = train(tmp_path / "zero", method, REGULARIZERS[name].of(0.0))
     assert_same_weights(zero, without)
     assert zero["losses"] == without["losses"]
@@ -184,7 +194,7 @@ def test_zero_strength_is_bitwise_the_run_without_it(tmp_path: Path, name: str, 
 @every_regularizer
 def test_a_positive_strength_trains_something_else(tmp_path: Path, name: str, method: str) -> None:
     row = REGULARIZERS[name]
-    without = train(tmp_path / "without", method, RegularizerConfig())
+    without = train(tmp_path / "without", method, row.without())
     some = train(tmp_path / "some", method, row.of(row.strength))
     assert any(not torch.equal(some["weights"][key], tensor) for key, tensor in without["weights"].items())
     logged = {key for key in some["lines"][-1] if key.startswith("penalty/")}

@@ -1,0 +1,180 @@
+"""Means of runs and the way from the base to a run: the weights written are those of the formula."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ftlab import build
+from ftlab.compose import compose
+from ftlab.methods.interpolation import Soup, greedy_soup, interpolated, normalised
+from ftlab.models.loading import load_model
+from ftlab.open_run import open_run
+from ftlab.session import train
+from ftlab.soup import main
+from ftlab.training.parallel import Ranks
+
+State = dict[str, Tensor]
+TINY = ["+experiment=full_tiny", "tracking=disabled", "evaluation=loss_only", "training.max_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs `one` and `two` (full), `lora`, and those that do not go with them."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = {
+        "one": [],
+        "two": ["training.seed=1", "optimizer.lr=1e-3"],
+        "lora": ["method=lora", "method.rank=2", "optimizer.lr=1e-2"],
+        "other_base": ["model.init_seed=7"],
+        "other_data": ["data.split_seed=5"],
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ftlab.session.write_report", lambda run_dir: run_dir)
+        for name, overrides in settings.items():
+            assert train(*compose([*TINY, f"run_dir={folder / name}", *overrides])) == 0
+    return folder
+
+
+def full(runs: Path, name: str) -> State:
+    return load_file(runs / name / "model/model.safetensors")
+
+
+def base(runs: Path) -> State:
+    opened = open_run(runs / "one", base=True)
+    model = build.build_model(opened.config, opened.tokenizer, Ranks(), dtype=torch.float32)
+    return dict(model.state_dict())
+
+
+def lora(runs: Path) -> State:
+    """W + s B A from the files of the adapter."""
+    adapter = load_file(runs / "lora/adapter/adapter_model.safetensors")
+    settings = json.loads((runs / "lora/adapter/adapter_config.json").read_text())
+    state = base(runs)
+    for name in [key for key in adapter if key.endswith("lora_A.weight")]:
+        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        update = adapter[name.replace("lora_A", "lora_B")] @ adapter[name]
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] + settings["lora_alpha"] / settings["r"] * update
+    return state
+
+
+def cooked(runs: Path, out: Path, names: list[str], *settings: str) -> tuple[State, dict[str, Any]]:
+    assert main([f"runs=[{','.join(str(runs / name) for name in names)}]", f"out={out}", *settings]) == 0
+    return load_file(out / "model.safetensors"), json.loads((out / "soup.json").read_text())
+
+
+def assert_close(ours: State, theirs: State) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_a_uniform_soup_is_the_mean(runs: Path, tmp_path: Path) -> None:
+    found, facts = cooked(runs, tmp_path / "out", ["one", "two"])
+    one, two = full(runs, "one"), full(runs, "two")
+    assert any(not torch.equal(one[name], tensor) for name, tensor in two.items())
+    assert_close(found, {name: (tensor + two[name]) / 2 for name, tensor in one.items()})
+    assert facts["weights"] == [0.5, 0.5]
+    assert facts["runs"] == [str(runs / "one"), str(runs / "two")]
+    model = load_model(tmp_path / "out")
+    assert_close(dict(model.state_dict()), found)
+
+
+def test_full_and_lora_runs_mix_by_their_effective_weights(runs: Path, tmp_path: Path) -> None:
+    found, facts = cooked(runs, tmp_path / "out", ["one", "lora", "two"], "weights=[1,2,1]")
+    states = [full(runs, "one"), lora(runs), full(runs, "two")]
+    assert facts["weights"] == [0.25, 0.5, 0.25]
+    assert_close(found, {n: 0.25 * states[0][n] + 0.5 * states[1][n] + 0.25 * states[2][n] for n in found})
+
+
+@pytest.mark.parametrize("name", ["one", "lora"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_wise_ft_lies_between_the_base_and_the_run(runs: Path, tmp_path: Path, name: str, alpha: float) -> None:
+    found, facts = cooked(runs, tmp_path / "out", [name], f"alpha={alpha}")
+    start, end = base(runs), lora(runs) if name == "lora" else full(runs, name)
+    assert_close(found, {key: (1 - alpha) * start[key] + alpha * end[key] for key in start})
+    losses = facts["validation_loss"]
+    assert alpha != 0 or losses["out"] == pytest.approx(losses["base"])
+
+
+def test_the_losses_are_those_of_the_runs(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, facts = cooked(runs, tmp_path / "out", ["one", "two"])
+    lines = (json.loads(line) for line in (runs / "one/metrics.jsonl").read_text().splitlines())
+    record = json.loads((runs / "one/run.json").read_text())
+    validation = {line["step"]: line["loss"] for line in lines if line["split"] == "validation"}
+    expected = validation[record["best"]["step"]]
+    assert facts["validation_loss"]["runs"][str(runs / "one")] == pytest.approx(expected, rel=1e-5)
+    assert f"{expected:.4f}  {runs / 'one'}" in capsys.readouterr().out
+
+
+def test_a_greedy_soup_of_runs_is_no_worse_than_the_best_of_them(runs: Path, tmp_path: Path) -> None:
+    found, facts = cooked(runs, tmp_path / "out", ["one", "two", "lora"], "kind=greedy")
+    losses = facts["validation_loss"]
+    assert losses["out"] <= min(losses["runs"].values()) + 1e-6
+    assert facts["runs"][0] == min(losses["runs"], key=losses["runs"].__getitem__)
+    states = {
+        str(runs / "one"): full(runs, "one"),
+        str(runs / "two"): full(runs, "two"),
+        str(runs / "lora"): lora(runs),
+    }
+    kept = [states[name] for name in facts["runs"]]
+    assert_close(found, {name: sum(state[name] for state in kept) / len(kept) for name in found})
+
+
+def test_greedy_takes_what_does_not_make_it_worse() -> None:
+    """One weight, loss (x - 1)^2. From the best, 1.5: the mean with 0.4 is nearer to 1; those with 0 and 9 are not."""
+    values = [9.0, 0.4, 0.0, 1.5]
+
+    def state_of(number: int) -> State:
+        return {"x": torch.tensor([values[number]])}
+
+    def loss_of(state: Any) -> float:
+        return float((state["x"] - 1).square())
+
+    losses = [loss_of(state_of(number)) for number in range(4)]
+    soup, taken, loss = greedy_soup(losses, state_of, loss_of)
+    assert taken == [3, 1]
+    assert float(soup.state["x"]) == pytest.approx(0.95)
+    assert loss == pytest.approx(0.05**2, rel=1e-4)
+
+
+def test_the_sum_of_weights_does_not_matter() -> None:
+    states = [{"x": torch.tensor([1.0])}, {"x": torch.tensor([3.0])}, {"x": torch.tensor([5.0])}]
+    soup = Soup()
+    for state, weight in zip(states, [2.0, 4.0, 2.0], strict=True):
+        soup = soup.with_one(state, weight)
+    assert float(soup.state["x"]) == pytest.approx(3.0)
+    assert normalised([2.0, 4.0, 2.0]) == [0.25, 0.5, 0.25]
+    assert float(interpolated(states[0], states[2], 0.25)["x"]) == pytest.approx(2.0)
+    assert float(states[0]["x"]) == 1.0
+
+
+REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
+    (lambda r: ["runs=[]"], "it names no run"),
+    (lambda r: [f"runs=[{r}/one]"], "one run with alpha=1 is that run itself"),
+    (lambda r: [f"runs=[{r}/one,{r}/two]", "alpha=1.5"], "give a number from 0"),
+    (lambda r: [f"runs=[{r}/one,{r}/two]", "kind=best"], "give uniform or greedy"),
+    (lambda r: [f"runs=[{r}/one,{r}/two]", "weights=[1]"], "1 for 2 runs"),
+    (lambda r: [f"runs=[{r}/one,{r}/two]", "weights=[1,0]"], "each must be above 0"),
+    (lambda r: [f"runs=[{r}/one,{r}/two]", "weights=[1,x]"], "give numbers"),
+    (lambda r: [f"runs=[{r}/one,{r}/two]", "weights=[1,2]", "kind=greedy"], "kind=greedy takes equal parts"),
+    (lambda r: [f"runs=[{r}/one,{r}/twoo]"], "did you mean"),
+    (lambda r: [f"runs=[{r}/one,{r}/other_base]"], "began from other base models"),
+    (lambda r: [f"runs=[{r}/one,{r}/other_data]", "kind=greedy"], "give runs on the same data, or kind=uniform"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reason"), REFUSED)
+def test_what_cannot_be_mixed_is_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Any, reason: str
+) -> None:
+    assert main([*arguments(runs), f"out={tmp_path / 'out'}"]) != 0
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
