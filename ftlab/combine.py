@@ -92,9 +92,11 @@ def _score(run: Path, split: str, adapters: dict[str, Adapter], weights: dict[st
     from ftlab import build
     from ftlab.evaluation.measure import Measurer
     from ftlab.methods.adapters import AdapterSet
-    from ftlab.open_run import open_run
+    from ftlab.open_run import open_run, read_config
     from ftlab.training.parallel import Ranks
 
+    if getattr(read_config(run)[0].method, "quantize", None) is not None:
+        raise ConfigError(f"run={run}: its base is quantised; give a run on the pretrained weights to score on")
     opened = open_run(run, base=True)
     model = build.causal(opened.model)
     examples = getattr(opened.data(), split)

@@ -151,7 +151,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     losses = [float(line.split()[2]) for line in shown.splitlines() if line.startswith("validation loss")]
     assert len(losses) == 4
     assert max(losses[1:]) < losses[0]
+    run(tmp_path / "small", "method=qlora")
     for wrong, message in [
+        ([folders, f"out={tmp_path / 'new'}", f"run={tmp_path / 'small'}"], "its base is quantised"),
         ([folders, f"out={tmp_path / 'sum'}"], "exists already"),
         ([folders, f"out={tmp_path / 'new'}", "weights=[1]"], "give 2 numbers"),
         ([f"adapters=[{tmp_path / '0'}]", f"out={tmp_path / 'new'}"], "at least two folders"),

@@ -24,10 +24,10 @@ from tests.helpers.training import collate, gradients, loss_sum, ragged_examples
 from tests.kernels.harness import device
 
 
-def adapted(dropout: float = 0.0, rank: int = 4) -> LlamaForCausalLM:
+def adapted(dropout: float = 0.0, rank: int = 4, dora: bool = False) -> LlamaForCausalLM:
     """The tiny model with adapters that already do something."""
     model = tiny_llama().to(device())
-    make_method(LoRAConfig(rank=rank, alpha=8.0, dropout=dropout), seed=0).apply(model)
+    make_method(LoRAConfig(rank=rank, alpha=8.0, dropout=dropout, dora=dora), seed=0).apply(model)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -47,8 +47,9 @@ def loss_and_gradients(
     return loss.detach(), gradients(model)
 
 
-def test_the_same_loss_and_gradients() -> None:
-    model = adapted()
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_same_loss_and_gradients(dora: bool) -> None:
+    model = adapted(dora=dora)
     loss, found = loss_and_gradients(model, TORCH)
     operators = triton_operators(required=True)
     ours, ours_found = loss_and_gradients(model, operators)
