@@ -18,6 +18,7 @@ from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import Example, encode_all
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.losses.cross_entropy import supervised_cross_entropy
+from ftlab.losses.mixout import Mixout
 from ftlab.losses.penalties import Penalty, build_penalties
 from ftlab.losses.r_drop import r_drop
 from ftlab.methods import Method, make_method
@@ -32,7 +33,7 @@ from ftlab.optim.adamw import build_optimizer
 from ftlab.startup import without_collector
 from ftlab.training.averaging import Averaging
 from ftlab.training.loop import Climb, Hook
-from ftlab.training.parallel import Ranks
+from ftlab.training.parallel import LossSum, Ranks
 from ftlab.training.precision import Precision, dtype_of
 from ftlab.training.sharpness import climbed
 from ftlab.training.unfreezing import Unfreezing
@@ -53,7 +54,6 @@ __all__ = [
     "fingerprints",
     "loss_sum_of",
     "model_facts",
-    "objective_of",
     "total_steps",
     "with_absolute_paths",
 ]
@@ -83,6 +83,7 @@ class Built:
     penalties: list[Penalty]
     optimizer: torch.optim.Optimizer
     cache: ActivationCache | None
+    objective: LossSum
     kernels: str  # a line that says who computes between the matrix products
 
 
@@ -177,7 +178,8 @@ def build_training(config: Config, model: LlamaForCausalLM, method: Method, prec
     if config.training.compile:
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
-    return Built(model, method, table.rows(model), precision, penalties, optimizer, cache, kernels)
+    objective = _objective(config, model, cache)
+    return Built(model, method, table.rows(model), precision, penalties, optimizer, cache, objective, kernels)
 
 
 def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
@@ -201,16 +203,19 @@ def loss_sum_of(config: Config) -> Any:
     return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk)
 
 
-def objective_of(config: Config, cache: ActivationCache | None = None) -> Any:
-    """What training lowers: the same sum with label smoothing and R-Drop, from cached activations if there are any."""
+def _objective(config: Config, model: LlamaForCausalLM, cache: ActivationCache | None) -> LossSum:
+    """What training lowers: the same sum as it is regularized, from cached activations if there are any."""
     settings: dict[str, Any] = {
         "chunk": config.training.head_chunk,
         "hidden_states": None if cache is None else cache.hidden_states,
         "smoothing": config.regularizer.label_smoothing,
     }
+    objective: Any = functools.partial(supervised_cross_entropy, **settings)
     if config.regularizer.r_drop > 0:
-        return functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
-    return functools.partial(supervised_cross_entropy, **settings)
+        objective = functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
+    if config.regularizer.mixout > 0:
+        objective = Mixout(model, config.regularizer.mixout, objective)
+    return objective  # type: ignore[no-any-return]
 
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:
