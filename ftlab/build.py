@@ -32,6 +32,7 @@ from ftlab.evaluation.label_measure import LabelMeasurer
 from ftlab.evaluation.measure import Measurer, Measures
 from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
+from ftlab.losses.mixout import Mixout
 from ftlab.losses.penalties import Penalty, build_penalties
 from ftlab.losses.r_drop import r_drop
 from ftlab.methods import Method, make_method
@@ -50,7 +51,7 @@ from ftlab.optim.adamw import build_optimizer
 from ftlab.startup import without_collector
 from ftlab.training.averaging import Averaging
 from ftlab.training.loop import Climb, Hook
-from ftlab.training.parallel import Ranks
+from ftlab.training.parallel import LossSum, Ranks
 from ftlab.training.precision import Precision, dtype_of
 from ftlab.training.sharpness import climbed
 from ftlab.training.unfreezing import Unfreezing
@@ -74,7 +75,6 @@ __all__ = [
     "fingerprints",
     "loss_sum_of",
     "model_facts",
-    "objective_of",
     "total_steps",
     "with_absolute_paths",
 ]
@@ -105,6 +105,7 @@ class Built:
     penalties: list[Penalty]
     optimizer: torch.optim.Optimizer
     cache: ActivationCache | None
+    objective: LossSum
     kernels: str  # a line that says who computes between the matrix products
 
 
@@ -215,7 +216,8 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
         for block in model.blocks:
             block.compile(dynamic=not config.data.pad_rows)
     rows = [*table.rows(model), *quantised_rows(model)]
-    return Built(model, method, rows, precision, penalties, optimizer, cache, kernels)
+    objective = _objective(config, model, cache)
+    return Built(model, method, rows, precision, penalties, optimizer, cache, objective, kernels)
 
 
 def _disturb(model: AnyModel, noise: Noise) -> None:
@@ -251,18 +253,21 @@ def loss_sum_of(config: Config) -> Any:
     return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk)
 
 
-def objective_of(config: Config, cache: ActivationCache | None = None) -> Any:
-    """What training lowers: the same sum with label smoothing and R-Drop, from cached activations if there are any."""
-    if isinstance(config.data, LabelledDataConfig):
-        return classify.objective(config, config.regularizer.label_smoothing)
+def _objective(config: Config, model: AnyModel, cache: ActivationCache | None) -> LossSum:
+    """What training lowers: the same sum as it is regularized, from cached activations if there are any."""
     settings: dict[str, Any] = {
         "chunk": config.training.head_chunk,
         "hidden_states": None if cache is None else cache.hidden_states,
         "smoothing": config.regularizer.label_smoothing,
     }
-    if config.regularizer.r_drop > 0:
-        return functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
-    return functools.partial(supervised_cross_entropy, **settings)
+    objective: Any = functools.partial(supervised_cross_entropy, **settings)
+    if isinstance(config.data, LabelledDataConfig):
+        objective = classify.objective(config, config.regularizer.label_smoothing)
+    elif config.regularizer.r_drop > 0:
+        objective = functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
+    if config.regularizer.mixout > 0:
+        objective = Mixout(model, config.regularizer.mixout, objective)
+    return objective  # type: ignore[no-any-return]
 
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:

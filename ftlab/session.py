@@ -170,7 +170,7 @@ class _Session:
         saved = self._find_checkpoint()
         measurer = build.build_measurer(self.config, tokenizer, precision, self.ranks, data.labels)
         self._baseline(measurer, data, built)
-        replica = Replica(built.model, build.objective_of(self.config, built.cache), self.ranks)
+        replica = Replica(built.model, built.objective, self.ranks)
         if self.config.training.preflight:
             self._preflight(replica, loader, built, steps)
         self._resume(saved, state)

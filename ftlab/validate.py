@@ -343,7 +343,20 @@ def check_noise(config: Config) -> None:
             "regularizer.neftune: with data.share_prefix=true the shared tokens have no length of their own document; "
             "set data.share_prefix=false or neftune=0"
         )
+    if regularizer.mixout > 0:
+        if isinstance(config.method, LoRAConfig):
+            raise ConfigError(
+                f"regularizer.mixout: {regularizer.mixout} mixes trained with pretrained weights, and the factors of "
+                "method=lora have none; give method=full or method=freeze, or method.dropout instead"
+            )
+        for key in ("activation_checkpointing", "compile"):
+            if getattr(config.training, key):
+                raise ConfigError(
+                    f"regularizer.mixout: training.{key}=true would run blocks on other weights than the mixed ones; "
+                    f"set training.{key}=false or mixout=0"
+                )
     random = any(strength > 0 for strength in (*places.values(), *below_head.values()))
+    random = random or regularizer.mixout > 0
     if regularizer.r_drop > 0 and not random and getattr(config.method, "dropout", 0) == 0:
         raise ConfigError(
             f"regularizer.r_drop: {regularizer.r_drop} compares two passes, which are the same without dropout; give "

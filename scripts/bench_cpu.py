@@ -129,7 +129,7 @@ def contestant(overrides: list[str], ranks: Ranks) -> Callable[[int], float]:
     base, method = build.build_base(config, tokenizer, ranks)
     built = build.build_training(config, base, method, precision)
     base.train()
-    replica = Replica(base, build.objective_of(config, built.cache), ranks)
+    replica = Replica(base, built.objective, ranks)
 
     def step(number: int) -> float:
         rows = loader.global_batch(0, number % loader.steps_in_epoch(0))

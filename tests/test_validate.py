@@ -14,6 +14,7 @@ from ftlab.config import (
     Config,
     CosineConfig,
     FilesDataConfig,
+    FullConfig,
     HPODataConfig,
     LoRAConfig,
     RandomConfig,
@@ -111,6 +112,11 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"regularizer__r_drop": 1.0, "method__dropout": 0.0},
         "regularizer.r_drop: 1.0 compares two passes, which are the same without dropout",
+    ),
+    ({"regularizer__mixout": 0.5}, "regularizer.mixout: 0.5 mixes trained with pretrained weights"),
+    (
+        {"regularizer__mixout": 0.5, "method": FullConfig(), "training__activation_checkpointing": True},
+        "regularizer.mixout: training.activation_checkpointing=true",
     ),
     ({"regularizer__neftune": 5.0, "data__share_prefix": True}, "regularizer.neftune: with data.share_prefix=true"),
     (

@@ -92,6 +92,7 @@ class RegularizerConfig:
     r_drop: float = option(
         0.0, "strength of the agreement of two passes under two dropout masks; doubles the forward work", low=0
     )
+    mixout: float = option(0.0, "probability that a weight is the pretrained one in a forward pass", low=0, below=1)
     sam: float = option(
         0.0, "rho of sharpness-aware minimization: how far the weights move before the gradient is taken", low=0
     )

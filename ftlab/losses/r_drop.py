@@ -4,8 +4,8 @@ Letters: N supervised positions, C of one chunk, D hidden width, V vocabulary.
 
     loss = 1/2 sum_n [ L1_n + L2_n + strength / 2 (KL(p1_n || p2_n) + KL(p2_n || p1_n)) ]
 
-L1 and L2 are the cross entropies of the two passes. This is half of the paper's equation 4, so that the strength of the
-data does not change with R-Drop. The two KL together are sum_v (p1_v - p2_v) (log p1_v - log p2_v), in fp32, a chunk of
+L1 and L2 are the cross entropies of the two passes. This is half of the paper's loss, so that the weight of the data
+does not change with R-Drop. The two KL together are sum_v (p1_v - p2_v) (log p1_v - log p2_v), in fp32, a chunk of
 positions at a time; its logits are made again in the backward pass instead of being kept.
 """
 

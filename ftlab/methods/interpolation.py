@@ -1,7 +1,7 @@
 """Means of the weights of several models, and the way between two.
 
     soup       theta = sum_i w_i theta_i,  sum_i w_i = 1       (Wortsman et al. 2022, arXiv 2203.05482)
-    WiSE-FT    theta = (1 - alpha) theta_0 + alpha theta_1     (Wortsman et al. 2021, arXiv 2109.01903, section 4)
+    WiSE-FT    theta = (1 - alpha) theta_0 + alpha theta_1     (Wortsman et al. 2021, arXiv 2109.01903, section 3)
 
 A greedy soup (arXiv 2203.05482, recipe 1) tries the models from the best to the worst by themselves and keeps each that
 does not make the mean worse.

@@ -13,7 +13,7 @@ for all its rows at once. There the surviving block adds f(h) in training and ke
 f(h) / keep_l in training, so that evaluation needs no change. f is attention and MLP together.
 
 NEFTune (arXiv 2310.05914): each embedding gets uniform noise in [-1, 1] times alpha / sqrt(n D), where n are the tokens
-of its own document. There n is the length of the padded row.
+of its own document, however documents are packed or padded.
 """
 
 from __future__ import annotations
