@@ -84,7 +84,7 @@ def page() -> str:
     """The whole page."""
     lines = HEAD.replace("NOT_HASHED", ", ".join(f"`{name}`" for name in NOT_HASHED)).splitlines()
     lines += ["", "## The run", *table([key for key in keys_of(Config) if "." not in key.path])]
-    for name in ("training", "checkpoint"):
+    for name in ("training", "checkpoint", "head"):
         lines += ["", f"## {name}", *table(list(keys_of(hints(Config)[name], f"{name}.")))]
     for group, options in GROUPS.items():
         lines += ["", f"## {group}", *options_of(group)]

@@ -223,7 +223,12 @@ def test_the_task_gets_typed_objects() -> None:
     [(file.parent.name, file.stem) for group in GROUPS for file in (conf_dir() / group).glob("*.yaml")],
 )
 def test_every_option_composes(group: str, option: str) -> None:
-    needed = {"files": ["data.train=builtin:capitals.jsonl"], "ewc": ["regularizer.ewc.strength=0"]}
+    needed = {
+        "files": ["data.train=builtin:capitals.jsonl"],
+        "labelled": ["data.train=builtin:topics.jsonl"],
+        "tiny_bert_random": ["data=topics"],
+        "ewc": ["regularizer.ewc.strength=0"],
+    }
     config, _ = compose([f"{group}={option}", *needed.get(option, [])])
     assert type(getattr(config, group)) in GROUPS[group].values()
 

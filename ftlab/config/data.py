@@ -10,9 +10,7 @@ __all__ = [
     "DataConfig",
     "FilesDataConfig",
     "HPODataConfig",
-    "HPOOrganConfig",
     "LabelledDataConfig",
-    "LabelledFilesConfig",
 ]
 
 
@@ -73,29 +71,17 @@ class LabelledDataConfig(DataConfig):
     labels: str = option(
         "single", "one label a text, a list of labels, or a number", choices=("single", "multi", "regression")
     )
-    shots: int | None = option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
-    shots_seed: int = option(0, "which texts those are", low=0)
-
-
-@dataclass
-class LabelledFilesConfig(LabelledDataConfig):
-    """The user's own labelled JSONL or CSV files."""
-
-    train: str = option(REQUIRED, "location of the training records")
+    source: str = option("files", "where they come from: files of your own, or HPO", choices=("files", "hpo_organ"))
+    train: str = option(REQUIRED, "location of the training records; of hp.obo for source=hpo_organ")
     validation: str | None = option(None, "location of the validation records; null: split off the training records")
     test: str | None = option(None, "location of the test records; null: split off the training records")
     text_field: str = option("text", "field or column of the text")
     pair_field: str = option("text_pair", "field or column of a second text, where there is one")
     label_field: str = option("label", "field or column of the label")
     separator: str = option("|", "between the labels of one CSV cell, for labels=multi")
-
-
-@dataclass
-class HPOOrganConfig(LabelledDataConfig):
-    """Definitions of the Human Phenotype Ontology, labelled with the organ system they lie under."""
-
-    location: str = option(REQUIRED, "location of hp.obo")
-    min_per_label: int = option(20, "organ systems with fewer definitions are left out", low=1)
+    min_per_label: int = option(1, "labels with fewer records are left out, with their records", low=1)
+    shots: int | None = option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
+    shots_seed: int = option(0, "which texts those are", low=0)
 
 
 # --- method --------------------------------------------------------------------------------------------------------

@@ -19,9 +19,7 @@ from ftlab.config import (
     DataConfig,
     FilesDataConfig,
     HPODataConfig,
-    HPOOrganConfig,
     LabelledDataConfig,
-    LabelledFilesConfig,
 )
 from ftlab.data.inspection import inspect_labelled, inspect_records
 from ftlab.data.records import Record, load_records
@@ -78,12 +76,13 @@ def load_option(name: str, labels: str | None = None) -> tuple[list[Record], Dat
         sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
         return splits.train, config, [f"{info.title}, release {info.version}", info.licence, sizes]
     if name == "hpo_organ":
-        organs = HPOOrganConfig(name=name, location=HPO_LOCATION, labels=labels or "single")
+        organs = LabelledDataConfig(name=name, source=name, train=HPO_LOCATION, min_per_label=20)
+        organs.labels = labels or organs.labels
         splits, info = load_records(organs)
         sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
         return splits.train, organs, [f"{info.title}, release {info.version}", info.licence, *info.notes, sizes]
     if name == "topics" or labels is not None:
-        own = LabelledFilesConfig(name=name, train="builtin:topics.jsonl" if name == "topics" else name)
+        own = LabelledDataConfig(name=name, train="builtin:topics.jsonl" if name == "topics" else name)
         own.labels = labels or own.labels
         return read_labelled(resolve(own.train), own), own, [own.train]
     if name == "labelled":

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ftlab.config import HPOOrganConfig
-from ftlab.data.labelled import LabelledRecord, load_labelled
+from ftlab.config import LabelledDataConfig
+from ftlab.data.labelled import LabelledRecord, load_labelled, without_rare
+from ftlab.data.records import Splits
 from ftlab.data.sources.hpo import HPO_LOCATION, Ontology, parse_obo
-from ftlab.data.sources.hpo_organ import organ_records, organ_systems, without_rare
+from ftlab.data.sources.hpo_organ import organ_records, organ_systems
 from ftlab.errors import FtlabError
 
 TERMS = [
@@ -56,9 +58,10 @@ def test_records_have_a_definition_and_their_labels(tmp_path: Path) -> None:
     last = multi[-1]
     assert isinstance(last, LabelledRecord)
     assert (last.text, last.label) == ("A bad heart shows on the skin.", ("Heart", "Skin"))
-    kept, notes = without_rare(multi, 3)
-    assert [r.id for r in kept] == ["HP:1", "HP:3"]
-    assert notes == ("left out, with fewer than data.min_per_label=3 definitions: Skin (2)",)
+    kept, notes = without_rare(Splits(multi[:2], multi[2:], []), 3)
+    assert [[r.id for r in side] for side in (kept.train, kept.validation, kept.test)] == [["HP:1"], ["HP:3"], []]
+    assert notes == ("left out, with fewer than data.min_per_label=3 records: Skin (2)",)
+    assert without_rare(kept, 2) == (kept, ())
 
 
 def test_an_ontology_without_the_root_is_refused(tmp_path: Path) -> None:
@@ -68,13 +71,14 @@ def test_an_ontology_without_the_root_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_the_published_release() -> None:
-    splits, info, labels = load_labelled(HPOOrganConfig(name="hpo-organ", location=HPO_LOCATION))
+    config = LabelledDataConfig(name="hpo-organ", source="hpo_organ", train=HPO_LOCATION, min_per_label=20)
+    splits, info, labels = load_labelled(config)
     records = [*splits.train, *splits.validation, *splits.test]
     assert len(records) == 10596 - 16  # without the voice (11) and the thoracic cavity (5)
     assert labels.size == 21
     assert "thoracic cavity (5)" in info.notes[0]
     count = Counter(r.label for r in records if isinstance(r, LabelledRecord))
     assert count["Abnormality of the nervous system"] == 1941
-    splits, _, labels = load_labelled(HPOOrganConfig(name="hpo-organ", location=HPO_LOCATION, labels="multi"))
+    splits, _, labels = load_labelled(replace(config, labels="multi"))
     assert labels.size == 22
     assert len(splits.train) + len(splits.validation) + len(splits.test) > 15_000

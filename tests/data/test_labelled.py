@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftlab.config import LabelledFilesConfig
+from ftlab.config import LabelledDataConfig
 from ftlab.data.labelled import (
     LabelledExample,
     LabelledLoader,
@@ -28,8 +28,8 @@ from ftlab.models.tokenizer import byte_tokenizer
 from tests.helpers.classifiers import LABELS, MULTI, batch_of, texts
 
 
-def config(**changes: Any) -> LabelledFilesConfig:
-    return LabelledFilesConfig(**({"train": "unused"} | changes))
+def config(**changes: Any) -> LabelledDataConfig:
+    return LabelledDataConfig(**({"train": "unused"} | changes))
 
 
 def write(folder: Path, text: str, name: str = "my.jsonl") -> Path:
