@@ -48,8 +48,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "data": {
         "hpo": configs.HPODataConfig,
         "files": configs.FilesDataConfig,
-        "hpo_organ": configs.HPOOrganConfig,
-        "labelled": configs.LabelledFilesConfig,
+        "labelled": configs.LabelledDataConfig,
     },
     "method": {
         "lora": configs.LoRAConfig,

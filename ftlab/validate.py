@@ -21,9 +21,7 @@ from ftlab.config import (
     FilesDataConfig,
     GradualUnfreezeConfig,
     HPODataConfig,
-    HPOOrganConfig,
     LabelledDataConfig,
-    LabelledFilesConfig,
     LoRAConfig,
     PretrainedConfig,
     RandomBertConfig,
@@ -170,9 +168,9 @@ def check_data(config: Config) -> None:
         raise ConfigError(
             f"data.template: {data.template!r} is none of {', '.join(TEMPLATES)} and no such file exists{near}"
         )
-    if isinstance(data, HPODataConfig | HPOOrganConfig):
+    if isinstance(data, HPODataConfig):
         check_location(data.location, "data.location")
-    if isinstance(data, FilesDataConfig | LabelledFilesConfig):
+    if isinstance(data, FilesDataConfig | LabelledDataConfig):
         for key in ("train", "validation", "test"):
             if getattr(data, key) is not None:
                 check_location(getattr(data, key), f"data.{key}")
@@ -210,14 +208,18 @@ def check_labels(config: Config) -> None:
         if given:
             raise ConfigError(f"{key}: {advice}")
     if data.labels == "regression":
-        if isinstance(data, HPOOrganConfig):
+        if data.source == "hpo_organ":
             raise ConfigError("data.labels: organ systems are no numbers; give single or multi")
+        if data.min_per_label > 1:
+            raise ConfigError("data.min_per_label: numbers have no labels to leave out; set it to 1")
         if data.shots is not None:
             raise ConfigError("data.shots: numbers have no classes to take shots of; give data.limit_train")
         if config.regularizer.label_smoothing > 0:
             raise ConfigError(
                 "regularizer.label_smoothing: there is no label to smooth with data.labels=regression; set it to 0"
             )
+    if data.source == "hpo_organ" and (data.validation is not None or data.test is not None):
+        raise ConfigError("data.validation, data.test: source=hpo_organ splits the ontology itself; leave them null")
     if data.shots is not None and data.limit_train is not None:
         raise ConfigError("data.shots: data.limit_train would take shots away again; give one of the two")
 
@@ -448,7 +450,7 @@ def check_evaluation(config: Config) -> None:
                     f"checkpoint.{key}: {str(value).lower()} needs validation, and evaluation.times is 0; give "
                     f"evaluation.times, or checkpoint.{key}={'false' if key == 'load_best' else 'null'}"
                 )
-    own_files = isinstance(config.data, FilesDataConfig | LabelledFilesConfig)
+    own_files = isinstance(config.data, FilesDataConfig | LabelledDataConfig)
     named = own_files and getattr(config.data, "validation", None) is not None
     if checkpoint.patience is not None and config.data.validation_fraction == 0 and not named:
         files = " or data.validation" if own_files else ""

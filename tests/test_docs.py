@@ -224,11 +224,16 @@ def small(arguments: list[str]) -> list[str]:
     """The same command line on a tiny random model: two steps, a handful of examples, no download."""
     kept: list[str] = []
     swept = 0
-    ours = dict(TINY)
+    ours = dict(TINY) | tiny_classifier(arguments)
+    ours = {key: value for key, value in ours.items() if value}
     for word in arguments:
         key, equals, value = word.partition("=")
         if not equals or word.startswith("-"):
             kept.append(word)
+        elif word == "+experiment=classify_medical":
+            kept += ["data=topics", "method=lora_bert"]
+        elif word == "data=hpo_organ":
+            kept.append("data=topics")
         elif key == "+experiment":
             kept += ["+experiment=full_tiny", *(["method=lora"] if value.startswith("lora") else [])]
         elif key == "resume" and value not in ("auto", "never"):
@@ -241,6 +246,16 @@ def small(arguments: list[str]) -> list[str]:
     if not any(word.startswith(("data=", "+experiment=")) for word in kept):
         kept.append("data=capitals")
     return [*kept, *(f"{key}={value}" for key, value in ours.items())]
+
+
+def tiny_classifier(arguments: list[str]) -> dict[str, str]:
+    """What of TINY is other for a command whose data have labels; an empty value leaves the key out."""
+    if not {"data=topics", "data=labelled", "data=hpo_organ", "+experiment=classify_medical"} & set(arguments):
+        return {}
+    decoder = {"model=smollm2_135m", "model=tiny_random"} & set(arguments)
+    shots = any(word.startswith("data.shots=") for word in arguments)
+    limit = {"data.limit_train": ""} if shots else {}
+    return {"model": "tiny_random" if decoder else "tiny_bert_random", "data.template": "", **limit}
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ftlab.config.options import REQUIRED, option
 
@@ -11,9 +10,7 @@ __all__ = [
     "DataConfig",
     "FilesDataConfig",
     "HPODataConfig",
-    "HPOOrganConfig",
     "LabelledDataConfig",
-    "LabelledFilesConfig",
 ]
 
 
@@ -63,57 +60,28 @@ class FilesDataConfig(DataConfig):
     test: str | None = option(None, "location of the test records; null: split off the training records")
 
 
-def _packing() -> Any:
-    return option(False, "several texts in one row; classification has one text a row, so this stays false")
-
-
-def _multiple() -> Any:
-    return option(8, "pad the rows of a batch to a multiple of this many tokens; 1: to the longest", low=1)
-
-
-def _labels() -> Any:
-    kinds = ("single", "multi", "regression")
-    return option("single", "one label a text, a list of labels, or a number", choices=kinds)
-
-
-def _shots() -> Any:
-    return option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
-
-
-def _shots_seed() -> Any:
-    return option(0, "which texts those are", low=0)
-
-
 @dataclass
-class LabelledFilesConfig(DataConfig):
-    """The user's own labelled JSONL or CSV files."""
+class LabelledDataConfig(DataConfig):
+    """Texts with a label: what a classifier learns from. One text is one row."""
 
-    packing: bool = _packing()
-    pad_to_multiple: int = _multiple()
-    labels: str = _labels()
-    shots: int | None = _shots()
-    shots_seed: int = _shots_seed()
-    train: str = option(REQUIRED, "location of the training records")
+    packing: bool = option(False, "several texts in one row; classification has one text a row, so this stays false")
+    pad_to_multiple: int = option(
+        8, "pad the rows of a batch to a multiple of this many tokens; 1: to the longest", low=1
+    )
+    labels: str = option(
+        "single", "one label a text, a list of labels, or a number", choices=("single", "multi", "regression")
+    )
+    source: str = option("files", "where they come from: files of your own, or HPO", choices=("files", "hpo_organ"))
+    train: str = option(REQUIRED, "location of the training records; of hp.obo for source=hpo_organ")
     validation: str | None = option(None, "location of the validation records; null: split off the training records")
     test: str | None = option(None, "location of the test records; null: split off the training records")
     text_field: str = option("text", "field or column of the text")
     pair_field: str = option("text_pair", "field or column of a second text, where there is one")
     label_field: str = option("label", "field or column of the label")
     separator: str = option("|", "between the labels of one CSV cell, for labels=multi")
+    min_per_label: int = option(1, "labels with fewer records are left out, with their records", low=1)
+    shots: int | None = option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
+    shots_seed: int = option(0, "which texts those are", low=0)
 
 
-@dataclass
-class HPOOrganConfig(DataConfig):
-    """Definitions of the Human Phenotype Ontology, labelled with the organ system they lie under."""
-
-    packing: bool = _packing()
-    pad_to_multiple: int = _multiple()
-    labels: str = _labels()
-    shots: int | None = _shots()
-    shots_seed: int = _shots_seed()
-    location: str = option(REQUIRED, "location of hp.obo")
-    min_per_label: int = option(20, "organ systems with fewer definitions are left out", low=1)
-
-
-LabelledDataConfig = LabelledFilesConfig | HPOOrganConfig
-"""What a classifier learns from: texts with a label. One text is one row."""
+# --- method --------------------------------------------------------------------------------------------------------

@@ -15,11 +15,17 @@ from rich.console import Console
 
 from ftlab.arguments import guarded
 from ftlab.assets import resolve
-from ftlab.config import DataConfig, FilesDataConfig, HPODataConfig
-from ftlab.data.inspection import inspect_records
+from ftlab.config import (
+    DataConfig,
+    FilesDataConfig,
+    HPODataConfig,
+    LabelledDataConfig,
+)
+from ftlab.data.inspection import inspect_labelled, inspect_records
 from ftlab.data.records import Record, load_records
 from ftlab.data.sources.files import read_records
 from ftlab.data.sources.hpo import CARD, HPO_LOCATION
+from ftlab.data.sources.labelled_files import read_labelled
 from ftlab.data.templates import ChatTemplate
 from ftlab.errors import ConfigError
 from ftlab.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -29,6 +35,9 @@ __all__ = ["main"]
 OPTIONS = {
     "hpo_lay_to_clinical": "Human Phenotype Ontology: layperson phrase to clinical term (7,094 pairs, 18 MB to fetch)",
     "hpo_define": "Human Phenotype Ontology: clinical term to definition (16,449 pairs, 18 MB to fetch)",
+    "hpo_organ": "Human Phenotype Ontology: definition to organ system, with labels (10,580 texts, 18 MB to fetch)",
+    "topics": "sentences with a topic as label that come with ftlab, no download",
+    "labelled": "your own JSONL or CSV with labels: give the file's path and --labels",
     "capitals": "questions about capitals that come with ftlab: for trying things out, no download",
     "files": "your own JSONL or JSON: give the file's path instead of this name",
 }
@@ -40,16 +49,44 @@ Questions about the capitals of countries, written for ftlab: for trying things 
 - Location: `builtin:capitals.jsonl`
 - Licence: Apache-2.0, as ftlab itself
 """
-CARDS = {"hpo": CARD, "hpo_lay_to_clinical": CARD, "hpo_define": CARD, "capitals": CAPITALS_CARD}
+TOPICS_CARD = """\
+# Topics
+
+Sentences about cooking, sport and weather with the topic as label, written for ftlab: for trying things out and for
+tests.
+
+- Location: `builtin:topics.jsonl`
+- Licence: Apache-2.0, as ftlab itself
+"""
+CARDS = {
+    "topics": TOPICS_CARD,
+    "hpo_organ": CARD,
+    "hpo": CARD,
+    "hpo_lay_to_clinical": CARD,
+    "hpo_define": CARD,
+    "capitals": CAPITALS_CARD,
+}
 
 
-def load_option(name: str) -> tuple[list[Record], DataConfig, list[str]]:
+def load_option(name: str, labels: str | None = None) -> tuple[list[Record], DataConfig, list[str]]:
     """The training records of a data option or all records of a file, a configuration, and lines about the source."""
     if name in ("hpo_lay_to_clinical", "hpo_define"):
         config = HPODataConfig(name=name, location=HPO_LOCATION, task=name.removeprefix("hpo_"))
         splits, info = load_records(config)
         sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
         return splits.train, config, [f"{info.title}, release {info.version}", info.licence, sizes]
+    if name == "hpo_organ":
+        organs = LabelledDataConfig(name=name, source=name, train=HPO_LOCATION, min_per_label=20)
+        organs.labels = labels or organs.labels
+        splits, info = load_records(organs)
+        sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
+        return splits.train, organs, [f"{info.title}, release {info.version}", info.licence, *info.notes, sizes]
+    if name == "topics" or labels is not None:
+        own = LabelledDataConfig(name=name, train="builtin:topics.jsonl" if name == "topics" else name)
+        own.labels = labels or own.labels
+        return read_labelled(resolve(own.train), own), own, [own.train]
+    if name == "labelled":
+        raise ConfigError("labelled: give the path of your file and --labels single, multi or regression")
     if name == "files":
         raise ConfigError("files: give the path of your file, for example python -m ftlab.data inspect my.jsonl")
     location = "builtin:capitals.jsonl" if name == "capitals" else name
@@ -64,11 +101,14 @@ def inspect(options: argparse.Namespace) -> None:
     if options.tokenizer is None:
         console.out("tokens are bytes: --tokenizer LOCATION shows a model's own", highlight=False)
     for name in options.names:
-        records, config, lines = load_option(name)
+        records, config, lines = load_option(name, options.labels)
         for line in lines:
             console.out(line, highlight=False)
         config.max_length = options.max_length
-        inspect_records(records, template, config, options.n, console)
+        if isinstance(config, LabelledDataConfig):
+            inspect_labelled(records, tokenizer, config, options.n, console)
+        else:
+            inspect_records(records, template, config, options.n, console)
 
 
 def run(arguments: list[str]) -> int:
@@ -81,6 +121,8 @@ def run(arguments: list[str]) -> int:
     look.add_argument("--tokenizer", metavar="LOCATION", help="a GGUF file, folder or tokenizer.json (default: bytes)")
     look.add_argument("-n", type=int, default=3, help="records shown token by token (default: 3)")
     look.add_argument("--max-length", type=int, default=512, help="count the records over it (default: 512)")
+    kinds = ("single", "multi", "regression")
+    look.add_argument("--labels", choices=kinds, help="the file has labels, of this kind (default: conversations)")
     card = commands.add_parser("card", help="what a source is, its licence and citation")
     card.add_argument("name", help=f"one of {', '.join(CARDS)}")
     commands.add_parser("list", help="the data options")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 from rich.text import Text
 
-from ftlab.config import DataConfig
+from ftlab.config import DataConfig, LabelledDataConfig
+from ftlab.data.labelled import LabelledRecord, encode_labelled
 from ftlab.data.records import Record
 from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import Example, encode_all
+from ftlab.models.labels import LabelSet, label_text
 from ftlab.models.tokenizer import Tokenizer
 
-__all__ = ["histogram", "inspect_records", "token_lines", "token_text"]
+__all__ = ["histogram", "inspect_labelled", "inspect_records", "token_lines", "token_text"]
 
 BAR_WIDTH = 40
 UNBOUNDED = 1 << 60
@@ -85,3 +88,33 @@ def inspect_records(
         f"over max_length={config.max_length}: {over}",
     ):
         console.out(line, highlight=False)
+
+
+def inspect_labelled(
+    records: Sequence[Record], tokenizer: Tokenizer, config: LabelledDataConfig, shown: int, console: Console
+) -> None:
+    """Print the first `shown` texts with their labels, then how often each label occurs, and lengths."""
+    texts = [record for record in records if isinstance(record, LabelledRecord)]
+    labels = LabelSet.of(config.labels, [record.label for record in texts])
+    examples = encode_labelled(texts, labels, tokenizer, replace(config, max_length=UNBOUNDED))
+    for record, example in zip(texts[:shown], examples, strict=False):
+        text = record.messages[0].content
+        console.out(f"{record.id}: {len(example.token_ids)} tokens, {record.reference}: {text!r}", highlight=False)
+    count = Counter(name for record in texts for name in names_of(record))
+    lengths = [len(example.token_ids) for example in examples]
+    over = sum(length > config.max_length for length in lengths)
+    for line in (
+        f"{len(examples)} texts, {sum(lengths)} tokens, {len(labels.names) or 'no'} labels ({config.labels})",
+        *(f"{number:7d}  {name}" for name, number in count.most_common()),
+        f"tokens a text: {min(lengths)} to {max(lengths)}, on average {sum(lengths) / len(lengths):.1f}",
+        *histogram(lengths),
+        f"over max_length={config.max_length}: {over}",
+    ):
+        console.out(line, highlight=False)
+
+
+def names_of(record: LabelledRecord) -> tuple[str, ...]:
+    """The names of a record's labels; of a number none."""
+    if isinstance(record.label, tuple):
+        return record.label or (label_text(()),)
+    return (record.label,) if isinstance(record.label, str) else ()

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftlab.config import HPOOrganConfig, LabelledDataConfig, LabelledFilesConfig
+from ftlab.config import LabelledDataConfig
 from ftlab.data.loader import Batch, RowLoader, collate_rows
 from ftlab.data.records import Message, Record, SourceInfo, Splits
 from ftlab.data.splits import limit_splits
 from ftlab.data.tokenization import Example
-from ftlab.errors import ConfigError, FtlabError
+from ftlab.errors import FtlabError
 from ftlab.models.labels import Label, LabelSet, Target, label_text
 from ftlab.models.tokenizer import Tokenizer
 
@@ -34,6 +34,7 @@ __all__ = [
     "labelled_batches",
     "labelled_record",
     "load_labelled",
+    "without_rare",
 ]
 
 
@@ -55,16 +56,17 @@ def labelled_record(id: str, text: str, pair: str | None, label: Label, group: s
 
 def load_labelled(config: LabelledDataConfig) -> tuple[Splits, SourceInfo, LabelSet]:
     """Read, split, take few shots, and limit. The labels are those of all training records, before shots and limits."""
-    if isinstance(config, HPOOrganConfig):
+    # The sources build the types above, so they are imported when one is needed.
+    if config.source == "hpo_organ":
         from ftlab.data.sources.hpo_organ import load_hpo_organ
 
         splits, info = load_hpo_organ(config)
-    elif isinstance(config, LabelledFilesConfig):
+    else:
         from ftlab.data.sources.labelled_files import load_labelled_files
 
         splits, info = load_labelled_files(config)
-    else:
-        raise ConfigError(f"data {config.name}: there is no source for a {type(config).__name__}")
+    splits, notes = without_rare(splits, config.min_per_label)
+    info = replace(info, notes=(*info.notes, *notes))
     labels = LabelSet.of(config.labels, [_labelled(record).label for record in splits.train])
     if config.shots is not None:
         chosen, notes = few_shots(splits.train, labels, config.shots, config.shots_seed)
@@ -75,6 +77,24 @@ def load_labelled(config: LabelledDataConfig) -> tuple[Splits, SourceInfo, Label
 def _labelled(record: Record) -> LabelledRecord:
     assert isinstance(record, LabelledRecord)
     return record
+
+
+def names_of(record: Record) -> frozenset[str]:
+    """The labels of a record, one or several."""
+    label = _labelled(record).label
+    return frozenset(label if isinstance(label, tuple) else [str(label)])
+
+
+def without_rare(splits: Splits, minimum: int) -> tuple[Splits, tuple[str, ...]]:
+    """The records without those that have a label of fewer than `minimum` records, and a remark about it."""
+    if minimum == 1:
+        return splits, ()
+    sides = (splits.train, splits.validation, splits.test)
+    count = Counter(name for side in sides for record in side for name in names_of(record))
+    rare = {name for name, number in count.items() if number < minimum}
+    kept = Splits(*([record for record in side if not names_of(record) & rare] for side in sides))
+    listed = ", ".join(f"{name} ({count[name]})" for name in sorted(rare))
+    return kept, (f"left out, with fewer than data.min_per_label={minimum} records: {listed}",) if rare else ()
 
 
 def few_shots(
@@ -92,8 +112,7 @@ def few_shots(
     have: Counter[str] = Counter()
     chosen: set[str] = set()
     for record in sorted(records, key=key):
-        label = _labelled(record).label
-        own = label if isinstance(label, tuple) else (str(label),)
+        own = names_of(record)
         if any(have[name] < shots for name in own):
             chosen.add(record.id)
             have.update(own)

@@ -77,3 +77,18 @@ def test_the_pages_carry_the_cards() -> None:
     assert page.startswith(CARD)
     assert RELEASE in page
     assert CITATION in page
+
+
+def test_inspect_shows_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("text,label\nabc,x\ndefg,y|x\nh,\n")
+    assert main(["inspect", str(file), "--labels", "multi", "-n", "1", "--max-length", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "train:2: 4 tokens, x: 'abc'" in lines
+    assert not any("defg" in line for line in lines)
+    assert "3 texts, 11 tokens, 2 labels (multi)" in lines
+    assert ["2  x" in line for line in lines].count(True) == 1
+    assert any(line.endswith("1  (none)") for line in lines)
+    assert "over max_length=4: 1" in lines
+    assert main(["inspect", "topics", "-n", "0"]) == 0
+    assert "42 texts" in capsys.readouterr().out

@@ -6,13 +6,11 @@ any chain of is_a; with labels=single only terms under exactly one are used.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from functools import cache
 
 from ftlab.assets import describe, resolve
-from ftlab.config import HPOOrganConfig
-from ftlab.data.labelled import LabelledRecord, labelled_record
+from ftlab.config import LabelledDataConfig
+from ftlab.data.labelled import labelled_record
 from ftlab.data.records import Record, SourceInfo, Splits
 from ftlab.data.sources.hpo import CITATION, LICENCE, RELEASE, URL, Ontology, Term, parse_obo, term_groups
 from ftlab.data.splits import split_records
@@ -21,7 +19,7 @@ from ftlab.errors import FtlabError
 __all__ = ["EXPECTED_ORGAN_RECORDS", "ROOT", "load_hpo_organ", "organ_records", "organ_systems"]
 
 ROOT = "HP:0000118"
-EXPECTED_ORGAN_RECORDS = {"single": 10596, "multi": 15817}  # of the pinned release, before rare labels are left out
+EXPECTED_ORGAN_RECORDS = {"single": 10596, "multi": 15817}  # of the pinned release
 
 
 def organ_systems(ontology: Ontology) -> dict[str, frozenset[str]]:
@@ -54,28 +52,9 @@ def organ_records(ontology: Ontology, kind: str) -> list[Record]:
     return records
 
 
-def without_rare(records: Sequence[Record], minimum: int) -> tuple[list[Record], tuple[str, ...]]:
-    """Records all of whose labels have `minimum` records, and a remark about the others."""
-    names = {record.id: names_of(record) for record in records}
-    count = Counter(name for own in names.values() for name in own)
-    rare = sorted(name for name, number in count.items() if number < minimum)
-    if not rare:
-        return list(records), ()
-    kept = [record for record in records if not names[record.id] & set(rare)]
-    listed = ", ".join(f"{name} ({count[name]})" for name in rare)
-    note = f"left out, with fewer than data.min_per_label={minimum} definitions: {listed}"
-    return kept, (note,)
-
-
-def names_of(record: Record) -> frozenset[str]:
-    """The labels of a record, one or several."""
-    label = record.label if isinstance(record, LabelledRecord) else ()
-    return frozenset(label if isinstance(label, tuple) else [str(label)])
-
-
-def load_hpo_organ(config: HPOOrganConfig) -> tuple[Splits, SourceInfo]:
+def load_hpo_organ(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     """Fetch, parse, label and split. Errors: FtlabError if the file is not what its release says."""
-    path = resolve(config.location)
+    path = resolve(config.train)
     ontology = parse_obo(path)
     records = organ_records(ontology, config.labels)
     notes: tuple[str, ...] = ()
@@ -86,7 +65,6 @@ def load_hpo_organ(config: HPOOrganConfig) -> tuple[Splits, SourceInfo]:
             f"{path}: release {RELEASE} has {EXPECTED_ORGAN_RECORDS[config.labels]} definitions with organ systems "
             f"(labels={config.labels}), this file has {len(records)}: it is not the published file"
         )
-    records, left_out = without_rare(records, config.min_per_label)
     info = SourceInfo(
         name=config.name,
         title=f"Human Phenotype Ontology, definition to organ system ({config.labels})",
@@ -94,8 +72,8 @@ def load_hpo_organ(config: HPOOrganConfig) -> tuple[Splits, SourceInfo]:
         citation=CITATION,
         version=ontology.release,
         url=URL,
-        location=config.location,
-        sha256=str(describe(config.location)["sha256"]),
-        notes=notes + left_out,
+        location=config.train,
+        sha256=str(describe(config.train)["sha256"]),
+        notes=notes,
     )
     return split_records(records, config), info

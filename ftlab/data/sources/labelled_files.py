@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlab.assets import describe, resolve
-from ftlab.config import LabelledFilesConfig
+from ftlab.config import LabelledDataConfig
 from ftlab.data.labelled import labelled_record
 from ftlab.data.records import Record, SourceInfo, Splits
 from ftlab.data.sources.files import (
@@ -46,7 +46,7 @@ __all__ = ["load_labelled_files", "read_labelled"]
 TABLES = {".csv": ",", ".tsv": "\t"}
 
 
-def load_labelled_files(config: LabelledFilesConfig) -> tuple[Splits, SourceInfo]:
+def load_labelled_files(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     """Records of the named files; sides without a file are split off the training records by group."""
     locations = {"train": config.train, "validation": config.validation, "test": config.test}
     named = {side: location for side, location in locations.items() if location is not None}
@@ -62,7 +62,7 @@ def load_labelled_files(config: LabelledFilesConfig) -> tuple[Splits, SourceInfo
 
 
 def read_labelled(
-    path: Path, config: LabelledFilesConfig, side: str = "train", seen: dict[str, str] | None = None
+    path: Path, config: LabelledDataConfig, side: str = "train", seen: dict[str, str] | None = None
 ) -> list[Record]:
     """All records of one file, checked. Errors: FtlabError with the file, the line and the field."""
     seen = {} if seen is None else seen
@@ -92,7 +92,7 @@ def read_labelled(
     return records
 
 
-def table_rows(path: Path, text: str, delimiter: str, config: LabelledFilesConfig) -> Iterator[tuple[int, Any]]:
+def table_rows(path: Path, text: str, delimiter: str, config: LabelledDataConfig) -> Iterator[tuple[int, Any]]:
     """(line on which it ends, {column: cell}) of each row of a CSV or TSV file."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -117,7 +117,7 @@ def table_rows(path: Path, text: str, delimiter: str, config: LabelledFilesConfi
         raise FtlabError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
 
 
-def parse_labelled(row: Any, config: LabelledFilesConfig, default_id: str, *, in_table: bool) -> Record:
+def parse_labelled(row: Any, config: LabelledDataConfig, default_id: str, *, in_table: bool) -> Record:
     """One row as a record. Raises RowError."""
     if not isinstance(row, dict):
         raise RowError("(row)", f"expected {config.text_field} and {config.label_field} in an object, got {kind(row)}")
@@ -127,7 +127,7 @@ def parse_labelled(row: Any, config: LabelledFilesConfig, default_id: str, *, in
     return labelled_record(id_of(row, "id") or default_id, text, pair, label, id_of(row, "group"))
 
 
-def label_of(row: Mapping[str, Any], config: LabelledFilesConfig, in_table: bool) -> Label:
+def label_of(row: Mapping[str, Any], config: LabelledDataConfig, in_table: bool) -> Label:
     """The label as data.labels wants it."""
     field, value = config.label_field, row.get(config.label_field)
     if value is None:

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from ftlab.errors import ConfigError, FtlabError
+from ftlab.models.checkpoint import save_safetensors
+from ftlab.models.heads import BertClassifier, Classifier, Head, LlamaClassifier, pool, refill
+from ftlab.models.labels import LabelSet, label_text
+from tests.helpers.classifiers import LABELS, batch_of, shake, texts, tiny_bert_classifier, tiny_llama_classifier
+from tests.helpers.models import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def test_pooling_by_hand() -> None:
+    h = torch.arange(12.0).view(2, 3, 2)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    assert pool(h, mask, "mean").tolist() == [[2, 3], [7, 8]]
+    assert pool(h, mask, "cls").tolist() == [[0, 1], [6, 7]]
+    assert pool(h, mask, "last").tolist() == [[4, 5], [8, 9]]
+    h[1, 2] = torch.nan  # what stands behind a text must not matter
+    assert pool(h, mask, "mean")[1].tolist() == [7, 8]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_bert_classifier(),
+        tiny_bert_classifier(pooling="cls"),
+        tiny_bert_classifier(pooling="pooler"),
+        tiny_llama_classifier(),
+        tiny_llama_classifier(pooling="mean"),
+    ],
+    ids=["mean", "cls", "pooler", "llama last", "llama mean"],
+)
+def test_a_text_is_judged_alone_whatever_it_is_batched_with(model: Classifier) -> None:
+    model.eval()
+    examples = texts()
+    together, padded = model(batch_of(examples)), model(batch_of(examples, multiple=16))
+    alone = torch.cat([model(batch_of([example])) for example in examples])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(padded, alone)
+
+
+def test_an_encoder_with_its_pooler_is_transformers_classifier(tmp_path: Path) -> None:
+    ours = tiny_bert_classifier(pooling="pooler").eval()
+    shake(ours)
+    save_safetensors(ours, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert theirs.config.id2label == {0: "heart", 1: "kidney", 2: "skin"}
+    assert set(theirs.state_dict()) == set(ours.state_dict())
+    batch = batch_of(texts())
+    expected = theirs(batch.input_ids, attention_mask=batch.mask.long(), token_type_ids=batch.token_types).logits
+    torch.testing.assert_close(ours(batch), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_is_transformers_classifier(tied: bool, tmp_path: Path) -> None:
+    ours = tiny_llama_classifier(tie_word_embeddings=tied, pad_token_id=0).eval()
+    shake(ours)
+    save_safetensors(ours, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert set(theirs.state_dict()) == set(ours.state_dict())
+    batch = batch_of(texts())
+    torch.testing.assert_close(ours(batch), theirs(batch.input_ids, attention_mask=batch.mask.long()).logits)
+
+
+def test_the_head_is_drawn_by_its_seed_alone() -> None:
+    bert = tiny_bert_classifier().bert
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, two = BertClassifier(bert, Head(LABELS, "mean", seed=3)), BertClassifier(bert, Head(LABELS, "mean", seed=4))
+    assert torch.equal(torch.get_rng_state(), state)
+    again = BertClassifier(bert, Head(LABELS, "mean", seed=3))
+    assert torch.equal(one.classifier.weight, again.classifier.weight)
+    assert not torch.equal(one.classifier.weight, two.classifier.weight)
+    assert not one.classifier.bias.any()
+
+
+def test_dropout_of_the_head_acts_in_training_alone() -> None:
+    model = tiny_bert_classifier()
+    batch = batch_of(texts())
+    without = model.train()(batch)
+    assert torch.equal(without, model.eval()(batch))
+    model.head = replace(model.head, dropout=0.5)
+    assert torch.equal(without, model(batch))
+    assert not torch.equal(without, model.train()(batch))
+
+
+def test_poolings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="reads the first token, which in a decoder"):
+        LlamaClassifier(tiny_llama(), Head(LABELS, "cls"))
+    with pytest.raises(ConfigError, match="loaded with its pooler"):
+        BertClassifier(tiny_bert_classifier().bert, Head(LABELS, "pooler"))
+
+
+def test_a_saved_classifier_comes_back_and_another_is_refused(tmp_path: Path) -> None:
+    model = tiny_bert_classifier()
+    shake(model)
+    save_safetensors(model, tmp_path)
+    other = tiny_bert_classifier(seed=9)
+    refill(other, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(FtlabError, match="ftlab_pooling"):
+        refill(tiny_bert_classifier(pooling="cls"), tmp_path)
+    with pytest.raises(FtlabError, match="id2label"):
+        refill(tiny_bert_classifier(LabelSet("single", ("heart", "kidney", "eye"))), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["classifier.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(FtlabError, match=r"missing classifier\.bias"):
+        refill(other, tmp_path)
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_sorted_and_become_targets() -> None:
+    single = LabelSet.of("single", ["b", "a", "b", "c"])
+    assert single.names == ("a", "b", "c")
+    assert single.target("b", "x") == 1
+    multi = LabelSet.of("multi", [("b", "a"), (), ("c",)])
+    assert multi.target(("c", "a"), "x") == (1.0, 0.0, 1.0)
+    assert multi.target((), "x") == (0.0, 0.0, 0.0)
+    assert LabelSet.of("regression", [1.0]).target(2.5, "x") == 2.5
+    assert LabelSet.from_dict(json.loads(json.dumps(multi.as_dict()))) == multi
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "message"),
+    [
+        ("single", "kidnay", "row 7: no training record has the label 'kidnay'.*did you mean 'kidney'"),
+        ("multi", ("heart", "nail"), "row 7: no training record has the label 'nail'"),
+    ],
+)
+def test_a_label_that_training_does_not_have_is_named(kind: str, label: Any, message: str) -> None:
+    with pytest.raises(FtlabError, match=message):
+        LabelSet(kind, LABELS.names).target(label, "row 7")
+
+
+def test_one_label_is_no_classifier() -> None:
+    with pytest.raises(FtlabError, match="needs two or more"):
+        LabelSet.of("single", ["a", "a"])
+
+
+def test_answers_as_text() -> None:
+    assert LABELS.predicted([0.1, 0.7, 0.2]) == "kidney"
+    assert LabelSet("multi", LABELS.names).predicted([0.5, 0.49, 0.9]) == "heart, skin"
+    assert LabelSet("multi", LABELS.names).predicted([0.1, 0.2, 0.3]) == label_text(()) == "(none)"
+    assert LabelSet("regression", ()).predicted([2.5]) == label_text(2.5) == "2.5"

@@ -1,0 +1,214 @@
+"""A classifier as a user makes one: trained, resumed, scored again, exported, reported, refused where it must be."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from ftlab import evaluate, export, fisher, generate, train
+from ftlab.data.labelled import collate_labelled
+from ftlab.errors import FtlabError
+from ftlab.models.heads import Classifier
+from ftlab.open_run import open_run
+
+TINY = ["data=topics", "model=tiny_bert_random", "tracking=disabled", "data.test_fraction=0.3", "evaluation.times=2"]
+LORA = ["method=lora_bert", "method.rank=4", "optimizer.lr=1e-2", "method.dropout=0.1", "model.hidden_dropout=0.1"]
+
+
+def trained(run_dir: Path, *overrides: str) -> dict[str, Any]:
+    assert train.main([*TINY, *overrides, f"run_dir={run_dir}"]) == 0
+    record: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    assert record["status"] == "finished"
+    return record
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    trained(folder, *LORA, "training.max_steps=12", "checkpoint.every_steps=4", "checkpoint.keep_last=9")
+    return folder
+
+
+def test_the_record_has_labels_scores_and_tables(finished: Path) -> None:
+    record = json.loads((finished / "run.json").read_text())
+    assert record["labels"] == {"kind": "single", "names": ["cooking", "sport", "weather"]}
+    final = record["scores"]["final"]
+    assert set(final) == {"loss", "accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "ece"}
+    assert final["macro_f1"]["low"] <= final["macro_f1"]["value"] <= final["macro_f1"]["high"]
+    for who in ("base", "final"):
+        tables = record["classification"][who]
+        matrix = torch.tensor(tables["confusion"])
+        assert int(matrix.sum()) == record["data"]["test"] == sum(row["count"] for row in tables["reliability"])
+        hits = 100 * float(matrix.trace()) / record["data"]["test"]
+        assert record["scores"][who]["accuracy"]["value"] == pytest.approx(hits)
+    line = json.loads((finished / "predictions" / "final.jsonl").read_text().splitlines()[0])
+    assert sum(line["scores"]) == pytest.approx(1, abs=1e-4)
+    assert line["reference"] in record["labels"]["names"]
+
+
+def test_the_report_shows_them(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert re.search(r'class="headline">Accuracy on \d+ test records', page)
+    assert 'id="confusion"' in page
+    assert 'aria-label="Reliability diagram"' in page
+    assert "Loss (nats per text)" in page
+    assert "No answers were generated" not in page
+    assert "nats per token" not in page
+    assert page.count("1 cooking") == 1
+
+
+def test_evaluate_gives_the_runs_own_scores(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    assert evaluate.main([f"run={finished}", "base=also", f"out={out}"]) == 0
+    record, again = json.loads((finished / "run.json").read_text()), json.loads(out.read_text())
+    assert again["scores"]["after"] == record["scores"]["final"]
+    assert again["scores"]["before"] == record["scores"]["base"]
+    assert len(again["predictions"]["after"]) == record["data"]["test"]
+
+
+def test_a_resumed_run_is_the_same_run(finished: Path, tmp_path: Path) -> None:
+    checkpoint = finished / "checkpoints" / "step-00000004"
+    same = ["training.max_steps=12", "checkpoint.every_steps=4", "checkpoint.keep_last=9"]
+    record = trained(tmp_path / "resumed", *LORA, *same, f"resume={checkpoint}")
+    assert record["resumed_from"] == [4]
+    ours, theirs = (
+        load_file(folder / "adapter/adapter_model.safetensors") for folder in (tmp_path / "resumed", finished)
+    )
+    assert any("classifier" in name for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    record = trained(
+        tmp_path / "run", "method=full", "optimizer.lr=3e-3", "training.epochs=25", "evaluation.times=0",
+        "checkpoint.load_best=false",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    assert losses[0] > 0.9
+    assert losses[-1] < 0.2
+    assert record["scores"]["final"]["accuracy"]["value"] > record["scores"]["base"]["accuracy"]["value"]
+
+
+@pytest.mark.parametrize("labels", ["multi", "regression"])
+def test_the_other_kinds_of_label(labels: str, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"{'red ' * (i % 3)}{'blue ' * (i % 2)}{i}", "label": i % 3 + 0.5}
+        if labels == "regression"
+        else {"text": f"number {i}", "label": ["red"] * (i % 2) + ["blue"] * (i % 3 == 0)}
+        for i in range(40)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metric = {"multi": "macro_f1", "regression": "mse"}[labels]
+    record = trained(
+        tmp_path / "run", "data=labelled", f"data.train={path}", f"data.labels={labels}", "training.max_steps=6",
+        "method=full", "optimizer.lr=1e-2", f"checkpoint.metric={metric}",
+    )  # fmt: skip
+    assert metric in record["scores"]["final"]
+    assert record["best"]["metric"] == metric
+    if labels == "regression":
+        assert record["scores"]["final"]["mse"]["value"] == pytest.approx(record["scores"]["final"]["loss"]["value"])
+        assert "squared error" in (tmp_path / "run" / "report.html").read_text()
+    assert evaluate.main([f"run={tmp_path / 'run'}"]) == 0
+
+
+def test_a_decoder_classifies_too(tmp_path: Path) -> None:
+    record = trained(tmp_path / "run", "model=tiny_random", "method=lora", "training.max_steps=3")
+    assert record["parameters"][0]["rule"].startswith("score")
+    assert evaluate.main([f"run={tmp_path / 'run'}"]) == 0
+
+
+def test_export_gives_a_model_that_transformers_reads(tmp_path: Path) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    words = tmp_path / "words"
+    write_wordpiece(words)
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    trained(run_dir, *LORA, f"model.tokenizer={words}", "head.pooling=pooler", "training.max_steps=3")
+    assert export.main([f"run={run_dir}", f"out={out}"]) == 0
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    opened = open_run(run_dir, base=False)
+    assert isinstance(opened.model, Classifier)
+    assert opened.labels is not None
+    assert theirs.config.id2label == dict(enumerate(opened.labels.names))
+    batch = collate_labelled(opened.data().test, opened.labels, opened.tokenizer.pad_id)
+    with torch.no_grad():
+        expected = theirs(batch.input_ids, attention_mask=batch.mask.long()).logits
+        torch.testing.assert_close(opened.model(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def write_wordpiece(folder: Path) -> None:
+    """A tokenizer like BERT's: letters, [CLS] and [SEP]."""
+    letters = [chr(code) for code in range(97, 123)]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *[f"##{letter}" for letter in letters], "."]
+    folder.mkdir()
+    tokenizer = transformers.BertTokenizerFast(vocab={word: number for number, word in enumerate(vocab)})
+    tokenizer.save_pretrained(folder)
+
+
+def test_commands_that_need_text_refuse(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main([f"run={finished}", "hello"]) != 0
+    assert "this run is a classifier: it gives labels, not text" in capsys.readouterr().err
+    assert fisher.main([f"run={finished}"]) != 0
+    assert "this run is a classifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.packing=true"], "data.packing: each text is a row of its own"),
+        (["data.share_prefix=true"], "data.share_prefix"),
+        (["data.system=hello"], "data.system"),
+        (["data.template=chatml"], "data.template"),
+        (["training.activation_cache_gib=1"], "training.activation_cache_gib"),
+        (["data.labels=regression", "data.shots=2"], "data.shots: numbers have no classes"),
+        (["data.labels=regression", "head.label_smoothing=0.1"], "head.label_smoothing"),
+        (["data.shots=2", "data.limit_train=5"], "data.shots: data.limit_train"),
+        (["checkpoint.metric=exact_match"], "is none of loss, accuracy"),
+        (["data.labels=multi", "checkpoint.metric=mcc"], "is none of loss, subset_accuracy"),
+        (["data=capitals"], "model: an encoder gives no text"),
+        (["data=capitals", "model=tiny_random", "head.pooling=cls"], "head.pooling: a head of labels needs data"),
+        (["data=capitals", "model=tiny_random", "checkpoint.metric=accuracy"], "is none of loss, perplexity"),
+        (["model=tiny_random", "model.hidden_dropout=0.1"], "model.hidden_dropout"),
+        (["data=hpo_organ", "data.labels=regression"], "organ systems are no numbers"),
+        (["head.pooling=cls"], "head.pooling: cls reads the first token, but this tokenizer starts no text"),
+        (["model.max_positions=8"], "tokens, but the encoder has 8 positions"),
+        (["method=lora"], "method.targets: 'q_proj' matches no layer"),
+        (["data.max_length=16"], "over data.max_length=16"),
+    ],
+)
+def test_contradictions_are_named(
+    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*TINY, *overrides, f"run_dir={tmp_path / 'run'}"]) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_an_encoder_folder_is_refused_for_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    small = transformers.BertConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertModel(small).save_pretrained(tmp_path / "bert")
+    model = ["+experiment=full_tiny", f"run_dir={tmp_path / 'run'}", "model=minilm", "model.tokenizer=bytes"]
+    assert train.main([*model, f"model.location={tmp_path / 'bert'}", "tracking=disabled"]) != 0
+    assert "is an encoder, which gives no text" in capsys.readouterr().err
+
+
+def test_labels_that_changed_since_are_refused(tmp_path: Path) -> None:
+    rows = [{"text": f"number {i}", "label": "ab"[i % 2]} for i in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained(tmp_path / "run", "data=labelled", f"data.train={path}", "training.max_steps=1", "method=full")
+    rows[0]["label"] = "b"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(FtlabError, match="data changed since the run"):
+        open_run(tmp_path / "run", base=False).data()
