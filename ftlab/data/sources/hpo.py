@@ -55,6 +55,7 @@ Initiative.
 - Location: `{HPO_LOCATION}`
 - Task `lay_to_clinical`: layperson phrase to clinical term, {EXPECTED_RECORDS["lay_to_clinical"]:,} pairs
 - Task `define`: clinical term to definition, {EXPECTED_RECORDS["define"]:,} pairs
+- Data `hpo_organ`: definition to organ system, a classification task of its own
 
 ## Licence
 
