@@ -33,7 +33,7 @@ from ftlab.evaluation.measure import Measurer, Measures
 from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.mixout import Mixout
-from ftlab.losses.penalties import Penalty, build_penalties
+from ftlab.losses.penalties import DecoupledL2SP, Penalty, build_penalties
 from ftlab.losses.r_drop import r_drop
 from ftlab.methods import Method, make_method
 from ftlab.methods.lora import quantised_rows
@@ -50,7 +50,8 @@ from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
 from ftlab.startup import without_collector
 from ftlab.training.averaging import Averaging
-from ftlab.training.loop import Climb, Hook
+from ftlab.training.hooks import Hook
+from ftlab.training.loop import Climb
 from ftlab.training.parallel import LossSum, Ranks
 from ftlab.training.precision import Precision, dtype_of
 from ftlab.training.sharpness import climbed
@@ -209,7 +210,8 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
     model.checkpoint_blocks = config.training.activation_checkpointing
     _disturb(model, Noise.of(config.regularizer))
     penalties = build_penalties(config.regularizer, model)
-    optimizer = build_optimizer(config.optimizer, model, table, triton=operators.path == "triton")
+    pulls = {p: pull for each in penalties if isinstance(each, DecoupledL2SP) for p, pull in each.pulls(model).items()}
+    optimizer = build_optimizer(config.optimizer, model, table, triton=operators.path == "triton", pulls=pulls)
     gib = config.training.activation_cache_gib
     cache = ActivationCache(causal(model), int(gib * 2**30)) if gib > 0 else None
     if config.training.compile:

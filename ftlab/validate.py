@@ -185,6 +185,8 @@ def check_labels(config: Config) -> None:
             raise ConfigError(f"{changed[0]}: a head of labels needs data with labels; give for example data=hpo_organ")
         if isinstance(config.model, RandomBertConfig):
             raise ConfigError("model: an encoder gives no text; give data with labels, for example data=topics")
+        if config.model.hidden_dropout or config.model.attention_dropout:
+            raise ConfigError("model.hidden_dropout, model.attention_dropout: they are an encoder's; leave them at 0")
         return
     idle = {
         "data.packing": (data.packing, "each text is a row of its own; set it to false"),

@@ -178,6 +178,8 @@ def test_commands_that_need_text_refuse(finished: Path, capsys: pytest.CaptureFi
         (["data=capitals", "model=tiny_random", "head.pooling=cls"], "head.pooling: a head of labels needs data"),
         (["data=capitals", "model=tiny_random", "checkpoint.metric=accuracy"], "is none of loss, perplexity"),
         (["model=tiny_random", "model.hidden_dropout=0.1"], "model.hidden_dropout"),
+        (["data=capitals", "model=smollm2_135m", "model.attention_dropout=0.1"], "model.hidden_dropout"),
+        (["data.source=hpo_organ", "data.test=builtin:topics.jsonl"], "source=hpo_organ splits the ontology itself"),
         (["data=hpo_organ", "data.labels=regression"], "organ systems are no numbers"),
         (["head.pooling=cls"], "head.pooling: cls reads the first token, but this tokenizer starts no text"),
         (["model.max_positions=8"], "tokens, but the encoder has 8 positions"),

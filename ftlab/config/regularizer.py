@@ -23,6 +23,14 @@ class L2SPConfig:
     """strength * ||theta - theta0||^2, the pull to the pretrained weights (arXiv 1802.01483)."""
 
     strength: float = option(0.0, "lambda; 0 is bitwise the run without it", low=0)
+    beta: float = option(0.0, "the same for ||theta||^2 of what has no pretrained value (a new head)", low=0)
+    mode: str = option(
+        "coupled", "in the loss, or in the optimizer's step beside weight decay", choices=("coupled", "decoupled")
+    )
+    rules: list[str] = option(
+        list, "PATTERN:FACTOR of the strength, by parts of parameter names; the first that matches decides"
+    )
+    anchor: str = option("fp32", "how theta0 is kept; cpu: fp32 in main memory", choices=("fp32", "bf16", "cpu"))
 
 
 @dataclass

@@ -4,8 +4,9 @@ L2-SP (arXiv 1802.01483, equation 3, without its factor 1/2):
 
     strength * sum_k ||theta_k - theta0_k||^2
 
-over every trainable tensor that has a pretrained value theta0. Under LoRA the base is frozen and the weight that acts
-is W0 + s B A, so the distance of such a layer is that of the effective weight, from r x r matrices alone:
+over every trainable tensor that has a pretrained value theta0, and beta * ||theta||^2 over those that have none. Under
+LoRA the base is frozen and the weight that acts is W0 + s B A, so the distance of such a layer is that of the effective
+weight, from r x r matrices alone:
 
     ||s B A||_F^2 = s^2 sum_ij (B^T B)_ij (A A^T)_ij
 
@@ -29,7 +30,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -38,8 +41,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ftlab.config import RegularizerConfig
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.models.heads import fresh_parameters
 
-__all__ = ["L1SP", "L2", "L2SP", "AdapterLeaf", "Penalty", "build_penalties"]
+__all__ = ["L1SP", "L2", "L2SP", "AdapterLeaf", "DecoupledL2SP", "Penalty", "build_penalties"]
 
 
 class Penalty(Protocol):
@@ -76,28 +80,44 @@ class AdapterLeaf(Protocol):
 class L2SP(Penalty):
     """strength * ||theta - theta0||^2 (arXiv 1802.01483), where theta0 is `model` as it is when this is built.
 
-    theta0 costs 4 bytes a trainable parameter and lives on the parameter's device; adapters cost nothing. Sums run in
-    fp32, under autocast too. Differs from the paper: no factor 1/2, and no separate pull to zero for new parameters.
+    beta * ||theta||^2 is added over what has no pretrained value: the head of a new classifier. rules: PATTERN:FACTOR,
+    matched against whole parts of parameter names (of an adapted layer's weight); the first that matches multiplies the
+    strength. anchor: theta0 in `fp32`, in `bf16` (rounded, so the pull is to the rounded values) or in fp32 on the
+    `cpu`; adapters need none. Sums run in fp32, under autocast too. Differs from the paper: no factors 1/2.
+
+    Errors: ConfigError for a rule that is none or matches nothing; FtlabError where an adapter's own weight trains too.
     """
 
     name = "l2_sp"
 
-    def __init__(self, model: nn.Module, strength: float) -> None:
-        self.strength = strength
+    def __init__(
+        self, model: nn.Module, strength: float, *, beta: float = 0.0, anchor: str = "fp32", rules: Sequence[str] = ()
+    ) -> None:
+        self.strength, self.beta = strength, beta
         adapted: set[int] = set()
+        layers = []
         for name, leaf in _adapter_leaves(model):
+            layers.append(f"{name}.weight")
             ids = {id(parameter) for parameter in leaf.adapter_parameters()}
             adapted |= ids
             both = [n for n, p in leaf.named_parameters() if p.requires_grad and id(p) not in ids and p.ndim > 1]
             if both:
                 raise FtlabError(
-                    f"regularizer.l2_sp: {name} has an adapter and trains its own {', '.join(both)} as well, so the "
-                    "distance of its effective weight is not the sum of the two; freeze one of them"
+                    f"regularizer.{self.name}: {name} has an adapter and trains its own {', '.join(both)} as well, so "
+                    "the distance of its effective weight is not the sum of the two; freeze one of them"
                 )
-        self.anchors: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True)
+        self.fresh = tuple(name for name, p in fresh_parameters(model).items() if p.requires_grad)
+        held = {
+            name: parameter
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and id(parameter) not in adapted
+            if parameter.requires_grad and id(parameter) not in adapted and name not in self.fresh
+        }
+        self.factors = _factors(f"regularizer.{self.name}.rules", rules, [*held, *layers])
+        dtype = torch.bfloat16 if anchor == "bf16" else torch.float32
+        self.anchors: dict[str, Tensor] = {
+            name: parameter.detach().to("cpu" if anchor == "cpu" else parameter.device, dtype, copy=True)
+            for name, parameter in held.items()
+            if self.factors[name] > 0
         }
 
     def value(self, model: nn.Module) -> Tensor:
@@ -106,11 +126,22 @@ class L2SP(Penalty):
         missing = sorted(self.anchors.keys() - parameters.keys())
         if missing:
             raise FtlabError(f"regularizer.l2_sp: the model no longer has the anchored parameters {', '.join(missing)}")
-        terms = [_squared_distance(parameters[name], anchor) for name, anchor in self.anchors.items()]
-        terms += [leaf.delta_squared_norm() for _, leaf in _adapter_leaves(model)]
-        if not terms:
+        terms = [self._times(name, _squared_distance(parameters[name], at)) for name, at in self.anchors.items()]
+        terms += [
+            self._times(f"{name}.weight", leaf.delta_squared_norm())
+            for name, leaf in _adapter_leaves(model)
+            if self.factors[f"{name}.weight"] > 0
+        ]
+        fresh = [parameters[name].float().square().sum() for name in self.fresh if self.beta > 0]
+        if not terms and not fresh:
             raise FtlabError("regularizer.l2_sp: the model has no trainable weight to hold back")
-        return self.strength * torch.stack(terms).sum()
+        totals = [self.strength * torch.stack(terms).sum()] if terms else []
+        totals += [self.beta * torch.stack(fresh).sum()] if fresh else []
+        return totals[0] if len(totals) == 1 else totals[0] + totals[1]
+
+    def _times(self, name: str, term: Tensor) -> Tensor:
+        factor = self.factors[name]
+        return term if factor == 1 else factor * term
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits over the names, shapes and values of the anchors."""
@@ -119,6 +150,40 @@ class L2SP(Penalty):
             digest.update(f"{name}{tuple(anchor.shape)}".encode())
             digest.update(anchor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+
+class DecoupledL2SP(L2SP):
+    """The same pull in the optimizer's step, as AdamW's decay (arXiv 1711.05101) is to L2:
+
+        theta <- theta - lr * wd * theta - lr * AdamW(gradient) - 2 lr strength (theta - theta0)
+
+    What Adam divides gradients by does not divide the pull. `value` is for the log and has no gradient. Errors:
+    ConfigError with adapters, whose effective weight is no parameter of the optimizer.
+    """
+
+    def __init__(self, model: nn.Module, strength: float, **options: Any) -> None:
+        if _adapter_leaves(model):
+            raise ConfigError(
+                "regularizer.l2_sp.mode: decoupled moves weights that train themselves, and adapters move the "
+                "effective weight; use mode=coupled, or method=full or freeze"
+            )
+        super().__init__(model, strength, **options)
+
+    def value(self, model: nn.Module) -> Tensor:
+        """The penalty, detached; fp32 scalar."""
+        with torch.no_grad():
+            return super().value(model)
+
+    def pulls(self, model: nn.Module) -> dict[Tensor, tuple[Tensor, float]]:
+        """For the optimizer: parameter -> (where to, 2 * strength)."""
+        parameters = dict(model.named_parameters())
+        found: dict[Tensor, tuple[Tensor, float]] = {
+            parameters[name]: (at, 2 * self.strength * self.factors[name]) for name, at in self.anchors.items()
+        }
+        if self.beta > 0:
+            for name in self.fresh:
+                found[parameters[name]] = (torch.zeros_like(parameters[name], dtype=torch.float32), 2 * self.beta)
+        return found
 
 
 class L2(Penalty):
@@ -164,8 +229,9 @@ def build_penalties(config: RegularizerConfig, model: nn.Module) -> list[Penalty
     naming the entry that cannot be imported or built, or is not a penalty.
     """
     penalties: list[Penalty] = []
-    if config.l2_sp.strength > 0:
-        penalties.append(L2SP(model, config.l2_sp.strength))
+    if (l2_sp := config.l2_sp).strength > 0 or l2_sp.beta > 0:
+        kind = DecoupledL2SP if l2_sp.mode == "decoupled" else L2SP
+        penalties.append(kind(model, l2_sp.strength, beta=l2_sp.beta, anchor=l2_sp.anchor, rules=l2_sp.rules))
     if config.l1_sp.strength > 0:
         penalties.append(L1SP(model, config.l1_sp.strength))
     if config.l2.strength > 0:
@@ -212,6 +278,30 @@ def _instantiate(key: str, entry: Any, model: nn.Module) -> Penalty | None:
     return built
 
 
+def _factors(key: str, rules: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """The factor of each of `names`: that of the first rule that matches whole parts of it, else 1."""
+    parsed: list[tuple[re.Pattern[str], float]] = []
+    for entry in rules:
+        pattern, _, number = entry.rpartition(":")
+        try:
+            parsed.append((re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?"), float(number)))
+        except (ValueError, re.error) as error:
+            raise ConfigError(
+                f"{key}: {entry!r} is not PATTERN:FACTOR ({error}); give for example q_proj:0.5"
+            ) from error
+        if not pattern or not 0 <= parsed[-1][1] < math.inf:
+            raise ConfigError(f"{key}: {entry!r} is not PATTERN:FACTOR; give for example q_proj:0.5")
+    found: dict[str, float] = {}
+    used = set()
+    for name in names:
+        which = next((number for number, (pattern, _) in enumerate(parsed) if pattern.fullmatch(name)), None)
+        found[name] = 1.0 if which is None else parsed[which][1]
+        used.add(which)
+    if idle := [rules[number] for number in range(len(rules)) if number not in used]:
+        raise ConfigError(f"{key}: {idle[0]!r} matches nothing that is held, such as {', '.join(names[:3])}")
+    return found
+
+
 def _adapter_leaves(model: nn.Module) -> list[tuple[str, Any]]:
     """Name and module of every layer with an adapter."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AdapterLeaf)]
@@ -229,10 +319,10 @@ class _SquaredDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, anchor: Tensor) -> Tensor:
         ctx.save_for_backward(parameter, anchor)
-        return (parameter.float() - anchor).square_().sum()
+        return (parameter.float() - anchor.to(parameter.device)).square_().sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         parameter, anchor = ctx.saved_tensors
-        return (parameter.float() - anchor).mul_(2 * upstream).to(parameter.dtype), None
+        return (parameter.float() - anchor.to(parameter.device)).mul_(2 * upstream).to(parameter.dtype), None

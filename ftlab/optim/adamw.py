@@ -10,17 +10,21 @@ LoRA's A and B are matrices and decay.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ftlab.config import AdamWConfig, OptimizerConfig
 from ftlab.errors import ConfigError, FtlabError
 
-__all__ = ["AdamW", "LearningRates", "build_optimizer", "decayed", "set_lr"]
+Pull = tuple[Tensor, float]
+
+__all__ = ["AdamW", "LearningRates", "Pull", "build_optimizer", "decayed", "set_lr"]
 
 
 class AdamW(torch.optim.AdamW):
@@ -45,7 +49,12 @@ class LearningRates(Protocol):
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: nn.Module, table: LearningRates, *, triton: bool = False
+    config: OptimizerConfig,
+    model: nn.Module,
+    table: LearningRates,
+    *,
+    triton: bool = False,
+    pulls: Mapping[Tensor, Pull] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW over the parameters that train, in groups of equal decay and equal share of the learning rate.
 
@@ -53,7 +62,8 @@ def build_optimizer(
     saved state is recognised. torch's fused kernel is used: deterministic, and on a CPU 3.5 times faster
     than its two other forms for a set of adapters. triton: ftlab_kernels' instead, which clips to max_grad_norm and
     leaves out a step that is not finite by itself. With state=8bit the moments take one byte each, by that optimizer or
-    by its plain form. Errors: nothing trains, or not AdamW's settings.
+    by its plain form. pulls: parameters that each step also moves by lr * strength of the way to a tensor, beside the
+    decay; in the same pass where the optimizer is ftlab_kernels'. Errors: nothing trains, or not AdamW's settings.
     """
     if not isinstance(config, AdamWConfig):
         raise ConfigError("optimizer: choose an option, for example optimizer=adamw")
@@ -73,15 +83,33 @@ def build_optimizer(
     if triton:
         from ftlab_kernels.adamw import FusedAdamW
 
-        optimizer = FusedAdamW(groups, **constants, max_grad_norm=config.max_grad_norm or math.inf, states=config.state)
+        limit = config.max_grad_norm or math.inf
+        optimizer = FusedAdamW(groups, **constants, max_grad_norm=limit, states=config.state, anchors=pulls or None)
     elif config.state == "8bit":
         from ftlab.optim.eight_bit import AdamW8bit
 
         optimizer = AdamW8bit(groups, **constants)
     else:
         optimizer = AdamW(groups, **constants, fused=True)
+    if pulls and not triton:
+        optimizer.register_step_pre_hook(functools.partial(_pull, pulls=pulls))
     optimizer.register_load_state_dict_pre_hook(_check_names)
     return optimizer
+
+
+@torch.no_grad()
+def _pull(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any, *, pulls: Mapping[Tensor, Pull]) -> None:
+    """Before a step: p <- p - lr * strength * (p - target) / (1 - lr * wd), which the decay then multiplies."""
+    found_inf = getattr(optimizer, "found_inf", None)  # fp16's scaler: this step will move nothing
+    if found_inf is not None and float(found_inf) > 0:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None or (pull := pulls.get(parameter)) is None:
+                continue
+            target, strength = pull
+            share = group["lr"] * strength / (1 - group["lr"] * group["weight_decay"])
+            parameter.sub_((parameter.float() - target.to(parameter.device)).mul_(share).to(parameter.dtype))
 
 
 def decayed(model: nn.Module) -> set[str]:

@@ -65,6 +65,7 @@ def panels_of(run: RunFolder) -> list[Panel]:
         return Curve(name or split, *run.series(split, key), dots)
 
     penalties = [key for key in run.keys("train") if key.startswith("penalty/")]
+    shares = [key for key in run.keys("train") if key.startswith("penalty_share/")]
     panels = [
         Panel(
             f"Loss ({loss_unit(run.record).replace('token', 'supervised token')})",
@@ -78,6 +79,11 @@ def panels_of(run: RunFolder) -> list[Panel]:
         Panel("Learning rate", [curve("train", "lr")], True),
         Panel("Gradient norm before clipping", [curve("train", "grad_norm")], True),
         Panel("Penalties (part of the loss)", [curve("train", k, k.removeprefix("penalty/")) for k in penalties], True),
+        Panel(
+            "Gradient of the penalties, share of the whole",
+            [curve("train", k, k.removeprefix("penalty_share/")) for k in shares],
+            True,
+        ),
         Panel("Tokens per second", [curve("train", "tokens_per_second")], True),
         Panel("Loss scale (fp16)", [curve("train", "loss_scale")], True),
     ]

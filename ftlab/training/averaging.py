@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ftlab.config import AverageConfig
-from ftlab.training.loop import Fit, Hook, StepResult
+from ftlab.training.hooks import Hook
+from ftlab.training.loop import Fit, StepResult
 from ftlab.training.state import TrainState
 
 __all__ = ["Averaging"]

@@ -23,6 +23,7 @@ from ftlab.evaluation.metrics import LOWER_IS_BETTER
 from ftlab.losses.penalties import Penalty
 from ftlab.optim.adamw import set_lr
 from ftlab.training.checkpoint import Checkpoints
+from ftlab.training.hooks import Hook
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
 from ftlab.training.progress import Progress
@@ -31,7 +32,7 @@ from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, capture_rng
 from ftlab.training.tracking import Tracker
 
-__all__ = ["Climb", "Fit", "Hook", "Limits", "StepResult", "fit", "save_state", "train_step", "validation_steps"]
+__all__ = ["Climb", "Fit", "Limits", "StepResult", "fit", "save_state", "train_step", "validation_steps"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class StepResult:
     tokens: int
     grad_norm: float  # before clipping
     penalties: dict[str, float]
+    penalty_norms: dict[str, float]  # norm of each penalty's own gradient, where that was asked for
     applied: bool  # False: a gradient was not finite and the weights did not move
 
 
@@ -59,6 +61,7 @@ def train_step(
     penalties: Sequence[Penalty] = (),
     max_grad_norm: float | None = None,
     climb: Climb | None = None,
+    measure_penalties: bool = False,
 ) -> StepResult:
     """One optimizer step over `micro_batches`: this rank's part of the global batch, at least one.
 
@@ -67,6 +70,7 @@ def train_step(
     ranks; the factor `world` undoes that. Penalties join the last micro-batch, equal on every rank.
 
     climb: the step follows the gradient of the weights moved like that, and reports the loss of those not moved.
+    measure_penalties: take the norm of each penalty's gradient too, which costs a backward pass of the penalty.
     """
     ranks = replica.ranks
     local = [float(sum(b.num_supervised for b in micro_batches)), float(sum(b.num_tokens for b in micro_batches))]
@@ -75,7 +79,9 @@ def train_step(
         raise FtlabError("a global batch without a single supervised token; the loader must not yield one")
 
     optimizer.zero_grad(set_to_none=True)
-    nats, values = _accumulate(replica, micro_batches, supervised, precision, penalties)
+    norms: dict[str, float] = {}
+    measured = norms if measure_penalties else None
+    nats, values = _accumulate(replica, micro_batches, supervised, precision, penalties, measured)
     if climb is not None:
         with climb(replica.model):
             optimizer.zero_grad(set_to_none=True)
@@ -83,7 +89,7 @@ def train_step(
     total_nats = float(ranks.sum(nats))
     grad_norm, applied = precision.step(optimizer, max_grad_norm, finite=math.isfinite(total_nats))
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total_nats, supervised, tokens, grad_norm, values, applied)
+    return StepResult(total_nats, supervised, tokens, grad_norm, values, norms, applied)
 
 
 def _accumulate(
@@ -92,8 +98,12 @@ def _accumulate(
     supervised: int,
     precision: Precision,
     penalties: Sequence[Penalty],
+    norms: dict[str, float] | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Add the gradient of the global batch to the parameters; this rank's nats, and the value of each penalty."""
+    """Add the gradient of the global batch to the parameters; this rank's nats, and the value of each penalty.
+
+    norms: is filled with the norm of each penalty's gradient.
+    """
     ranks = replica.ranks
     nats = torch.zeros((), dtype=torch.float64, device=ranks.device)
     values: dict[str, float] = {}
@@ -108,9 +118,18 @@ def _accumulate(
                 for penalty in penalties:
                     value = penalty.value(replica.model)
                     values[penalty.name] = float(value.detach())
+                    if norms is not None and value.requires_grad:
+                        norms[penalty.name] = _gradient_norm(value, replica.model)
                     loss = loss + value
             precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     return nats, values
+
+
+def _gradient_norm(value: torch.Tensor, model: nn.Module) -> float:
+    """Of a penalty's gradient over everything that trains; what backward adds later is not touched."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return float(torch.nn.utils.get_total_norm([gradient for gradient in found if gradient is not None]))
 
 
 @dataclass(frozen=True)
@@ -129,26 +148,6 @@ def validation_steps(total_steps: int, every_steps: int | None, times: int) -> f
     if every_steps is not None:
         return frozenset([*range(every_steps, total_steps, every_steps), total_steps])
     return frozenset(round(total_steps * (i + 1) / times) for i in range(times)) - {0}
-
-
-class Hook:
-    """What a method or a regularizer does between steps; each of these does nothing until it is overridden.
-
-    What it must remember stands in the state's counters or its memory.
-    """
-
-    def before_step(self, state: TrainState, run: Fit) -> None:
-        """Called before each step, on every rank."""
-
-    def after_step(self, state: TrainState, run: Fit, result: StepResult) -> None:
-        """Called after each step, once it is counted, on every rank."""
-
-    def validating(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
-        """Around each validation and the keeping of the weights that it found best, on every rank."""
-        return contextlib.nullcontext()
-
-    def after_validation(self, state: TrainState, run: Fit, *, better: bool) -> None:
-        """Called after each validation, before its checkpoint; better: than every one before."""
 
 
 @dataclass
@@ -201,6 +200,7 @@ def fit(state: TrainState, run: Fit) -> None:
             penalties=run.penalties,
             max_grad_norm=run.limits.max_grad_norm,
             climb=run.climb,
+            measure_penalties=_logs(state.counters.step + 1, run.limits),
         )
         _count(state, result, ids)
         for hook in run.hooks:
@@ -249,9 +249,14 @@ def _count(state: TrainState, result: StepResult, ids: tuple[str, ...]) -> None:
         counters.bad_in_a_row += 1
 
 
+def _logs(step: int, limits: Limits) -> bool:
+    """Whether this step, counted from 1, gets a line."""
+    return step % limits.log_every == 0 or step == limits.total_steps
+
+
 def _log(state: TrainState, run: Fit, result: StepResult) -> None:
     counters, limits = state.counters, run.limits
-    if counters.step % limits.log_every and counters.step != limits.total_steps:
+    if not _logs(counters.step, limits):
         return
     now = time.monotonic()
     device = run.replica.ranks.device
@@ -260,6 +265,7 @@ def _log(state: TrainState, run: Fit, result: StepResult) -> None:
         "lr": state.optimizer.param_groups[0]["lr"],
         "grad_norm": result.grad_norm,
         **{f"penalty/{name}": value for name, value in result.penalties.items()},
+        **{f"penalty_share/{name}": norm / result.grad_norm for name, norm in result.penalty_norms.items()},
         "tokens": counters.tokens,
         "supervised_tokens": counters.supervised,
         "epoch": counters.epoch + counters.index / run.loader.steps_in_epoch(counters.epoch),

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ftlab.config import GradualUnfreezeConfig
-from ftlab.training.loop import Fit, Hook
+from ftlab.training.hooks import Hook
+from ftlab.training.loop import Fit
 from ftlab.training.state import TrainState
 
 __all__ = ["Unfreezing"]

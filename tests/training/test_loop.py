@@ -12,6 +12,7 @@ import torch
 
 from ftlab.config import CheckpointConfig, PrecisionConfig
 from ftlab.errors import DivergenceError, FtlabError
+from ftlab.losses.penalties import Penalty
 from ftlab.training.loop import fit, train_step, validation_steps
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
@@ -182,3 +183,32 @@ def test_other_anchors_are_refused_on_resume(tmp_path: Path) -> None:
     other.penalty_fingerprints = {"l2_sp": "abc"}
     with pytest.raises(FtlabError, match="anchored"):
         other.load_state_dict(saved, 0, 1)
+
+
+def test_the_share_of_a_penaltys_gradient(tmp_path: Path) -> None:
+    """Logged on the lines of the log alone, it changes nothing: ||2 strength (theta - theta0)|| over the whole norm."""
+
+    def run_of(name: str, every: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        state, run = lora_fit(tmp_path / name, total_steps=3, dropout=0.0)
+        run.penalties = [SumOfSquares()]
+        run.limits = type(run.limits)(3, frozenset(), every, 5, None)
+        fit(state, run)
+        lines = run.tracker.lines  # type: ignore[attr-defined]
+        return state.trainable(), [line for line in lines if line.get("split") == "train"]
+
+    weights, often = run_of("often", 1)
+    same, rarely = run_of("rarely", 3)
+    assert all(torch.equal(weights[name], same[name]) for name in same)
+    assert [line["step"] for line in rarely] == [3]
+    assert rarely[0]["penalty_share/squares"] == often[-1]["penalty_share/squares"]
+    state, _ = lora_fit(tmp_path / "first", total_steps=3, dropout=0.0)
+    expected = 2 * 0.3 * torch.nn.utils.get_total_norm(list(state.trainable().values()))
+    assert often[0]["penalty_share/squares"] * often[0]["grad_norm"] == pytest.approx(float(expected), rel=1e-5)
+
+
+class SumOfSquares(Penalty):
+    name = "squares"
+
+    def value(self, model: torch.nn.Module) -> torch.Tensor:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return 0.3 * torch.stack([p.square().sum() for p in trained]).sum()
