@@ -47,6 +47,7 @@ from ftlab.config.regularizer import (
     L2Config,
     L2SPConfig,
     RegularizerConfig,
+    ReplayConfig,
 )
 from ftlab.config.run import (
     CheckpointConfig,
@@ -93,6 +94,7 @@ __all__ = [
     "RandomBertConfig",
     "RandomConfig",
     "RegularizerConfig",
+    "ReplayConfig",
     "ScheduleConfig",
     "TrackingConfig",
     "TrainingConfig",

@@ -15,6 +15,7 @@ __all__ = [
     "L2Config",
     "L2SPConfig",
     "RegularizerConfig",
+    "ReplayConfig",
 ]
 
 
@@ -50,6 +51,16 @@ class EWCConfig:
 
 
 @dataclass
+class ReplayConfig:
+    """Examples of earlier runs' training data among the new ones (arXiv 1902.10486)."""
+
+    share: float = option(
+        0.0, "share of an epoch's examples that are replayed; 0 is bitwise the run without it", low=0, below=1
+    )
+    source: list[str] = option(list, "earlier runs whose training data are drawn from, without replacement")
+
+
+@dataclass
 class DropoutConfig:
     """Probabilities of dropout inside the model, by place (arXiv 1207.0580); the adapter's own is method.dropout."""
 
@@ -78,6 +89,7 @@ class RegularizerConfig:
     l1_sp: L1SPConfig = option(L1SPConfig, "pull of equal force to the pretrained weights")
     l2: L2Config = option(L2Config, "pull to zero")
     ewc: EWCConfig = option(EWCConfig, "pull to the weights of earlier tasks")
+    replay: ReplayConfig = option(ReplayConfig, "examples of earlier runs among the new ones")
     label_smoothing: float = option(
         0.0, "share of each target spread evenly over the vocabulary, in training only", low=0, below=1
     )
