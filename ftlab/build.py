@@ -32,6 +32,7 @@ from ftlab.evaluation.label_measure import LabelMeasurer
 from ftlab.evaluation.measure import Measurer, Measures
 from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
+from ftlab.losses.lwf import LwF
 from ftlab.losses.mixout import Mixout
 from ftlab.losses.penalties import Penalty, build_penalties
 from ftlab.losses.r_drop import r_drop
@@ -259,16 +260,16 @@ def loss_sum_of(config: Config) -> Any:
 
 def _objective(config: Config, model: AnyModel, cache: ActivationCache | None) -> LossSum:
     """What training lowers: the same sum as it is regularized, from cached activations if there are any."""
-    settings: dict[str, Any] = {
-        "chunk": config.training.head_chunk,
-        "hidden_states": None if cache is None else cache.hidden_states,
-        "smoothing": config.regularizer.label_smoothing,
-    }
+    chunk, hidden_states = config.training.head_chunk, None if cache is None else cache.hidden_states
+    smoothing = config.regularizer.label_smoothing
+    settings: dict[str, Any] = {"chunk": chunk, "hidden_states": hidden_states, "smoothing": smoothing}
     objective: Any = functools.partial(supervised_cross_entropy, **settings)
     if isinstance(config.data, LabelledDataConfig):
         objective = classify.objective(config, config.regularizer.label_smoothing)
     elif config.regularizer.r_drop > 0:
         objective = functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
+    if config.regularizer.lwf.strength > 0:
+        objective = LwF(model, config.regularizer.lwf, objective, chunk, hidden_states)
     if config.regularizer.mixout > 0:
         objective = Mixout(model, config.regularizer.mixout, objective)
     return objective  # type: ignore[no-any-return]

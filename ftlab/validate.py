@@ -195,6 +195,10 @@ def check_labels(config: Config) -> None:
             config.regularizer.r_drop > 0,
             "R-Drop compares distributions over tokens; set it to 0",
         ),
+        "regularizer.lwf.strength": (
+            config.regularizer.lwf.strength > 0,
+            "a classifier starts with a new head, so there is no old answer to keep; set it to 0",
+        ),
         "regularizer.dropout.head": (
             config.regularizer.dropout.head > 0,
             "a classifier's head has head.dropout instead",

@@ -46,6 +46,7 @@ from ftlab.config.regularizer import (
     L1SPConfig,
     L2Config,
     L2SPConfig,
+    LwFConfig,
     RegularizerConfig,
     ReplayConfig,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "LinearConfig",
     "LinearProbeConfig",
     "LoRAConfig",
+    "LwFConfig",
     "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -28,6 +28,7 @@ from ftlab.config import (
     L2Config,
     L2SPConfig,
     LoRAConfig,
+    LwFConfig,
     MethodConfig,
     PrecisionConfig,
     RegularizerConfig,
@@ -96,6 +97,7 @@ REGULARIZERS["r_drop"] = Row(
 )
 REGULARIZERS["sam"] = Row(lambda s: RegularizerConfig(sam=s), 0.1)
 REGULARIZERS["mixout"] = Row(lambda s: RegularizerConfig(mixout=s), 0.5, methods=("full",))
+REGULARIZERS["lwf"] = Row(lambda s: RegularizerConfig(lwf=LwFConfig(s)), 2.0, inside=True)
 REGULARIZERS["replay"] = Row(lambda s: RegularizerConfig(replay=ReplayConfig(s)), 0.4)
 METHODS: dict[str, Callable[[], MethodConfig]] = {
     "full": FullConfig,
