@@ -31,14 +31,17 @@ from ftlab.config import (
 from ftlab.errors import ConfigError
 from ftlab.losses.cross_entropy import supervised_cross_entropy, supervised_rows
 from ftlab.losses.lwf import LwF, distillation
+from ftlab.losses.mixout import Mixout
 from ftlab.losses.r_drop import r_drop
 from ftlab.methods import make_method
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.noise import Noise
+from ftlab.operators.dropout import dropout
 from ftlab.session import train
-from ftlab.training.parallel import Ranks
+from ftlab.training.loop import train_step
+from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
-from tests.helpers.training import collate, gradients, ragged_examples, tiny_llama
+from tests.helpers.training import KeepGradients, collate, gradients, ragged_examples, run_ranks, tiny_llama
 
 BATCH = collate(ragged_examples(6), 6)[0]
 METHODS: dict[str, MethodConfig] = {
@@ -46,6 +49,7 @@ METHODS: dict[str, MethodConfig] = {
     "lora": LoRAConfig(rank=4, alpha=8.0),
     "dora": LoRAConfig(rank=4, alpha=8.0, dora=True),
     "pissa": LoRAConfig(rank=4, alpha=8.0, init="pissa"),
+    "nf4": LoRAConfig(rank=4, alpha=8.0, quantize="nf4"),
     "bitfit": BitFitConfig(train_norms=True),
 }
 STRENGTH, T = 20.0, 3.0
@@ -170,6 +174,88 @@ def test_with_r_drop_the_mean_of_both_passes_counts() -> None:
             new_logits = model.logits(supervised_rows(model, BATCH)[0])
             expected = expected + STRENGTH / 2 * by_torch(old_logits, new_logits, T)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_under_mixout_the_mixed_model_is_held_to_the_old_one() -> None:
+    model, lwf = built(FullConfig())
+    old = copy.deepcopy(model)
+    mixout = Mixout(model, 0.5, lwf)
+    moved(model)
+    torch.manual_seed(0)
+    loss = mixout(model, BATCH)
+    torch.manual_seed(0)
+    weights = dict(model.named_parameters())
+    for key, anchor in mixout.anchors.items():
+        name = key.removeprefix("model.")
+        weights[name] = anchor + dropout(weights[name] - anchor, 0.5)
+    mixed = tiny_llama()
+    mixed.load_state_dict(weights)
+    with torch.no_grad():
+        (new_logits, labels), (old_logits, _) = logits(mixed), logits(old)
+    expected = F.cross_entropy(new_logits, labels, reduction="sum") + STRENGTH * by_torch(old_logits, new_logits, T)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_the_pass_without_gradients_takes_none_away_under_autocast(name: str) -> None:
+    """Autocast keeps the casts of weights; those of the old model must not be used again for the new one."""
+    model, lwf = built(METHODS[name])
+    old = copy.deepcopy(model)
+    moved(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lwf(model, BATCH).backward()
+    found = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        old_logits = logits(old)[0].float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        new_logits, labels = logits(model)
+    new_logits = new_logits.float()
+    (F.cross_entropy(new_logits, labels, reduction="sum") + STRENGTH * by_torch(old_logits, new_logits, T)).backward()
+    assert found.keys() == gradients(model).keys()
+    for key, gradient in gradients(model).items():
+        assert float((found[key] - gradient).norm() / gradient.norm()) < 0.05, key
+
+
+def one_step(ranks: Ranks) -> dict[str, Tensor]:
+    """The gradient of a step, after the model has moved."""
+    model, lwf = built(LoRAConfig(rank=4, alpha=8.0))
+    moved(model)
+    optimizer = KeepGradients(model)
+    batches = collate(ragged_examples(8), 2)[ranks.rank :: ranks.world]
+    precision = Precision(PrecisionConfig(), torch.device("cpu"))
+    train_step(Replica(model, lwf, ranks), optimizer, batches, precision=precision)
+    return optimizer.seen
+
+
+def compare_ranks(ranks: Ranks) -> None:
+    seen, alone = one_step(ranks), one_step(Ranks())
+    for name, gradient in alone.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
+    run_ranks(compare_ranks, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch about itself
+def test_compiled_blocks_run_on_the_old_weights_too() -> None:
+    losses: list[list[Tensor]] = []
+    for compiled in (False, True):
+        model, lwf = built(LoRAConfig(rank=4, alpha=8.0))
+        moved(model)
+        for block in model.blocks if compiled else ():
+            block.compile(dynamic=True)
+        losses.append([])
+        for seed in (2, 3):
+            model.zero_grad()
+            loss = lwf(model, BATCH)
+            loss.backward()
+            losses[-1] += [loss.detach(), *gradients(model).values()]
+            moved(model, seed)
+    for ours, theirs in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_cached_activations_give_the_same() -> None:
