@@ -93,7 +93,7 @@ class DataSet:
     test: list[Example]
     notes: tuple[str, ...] = ()  # what the user should know of the data as loaded
     labels: LabelSet | None = None
-    replayed: list[Example] = field(default_factory=list)  # what is replayed of is drawn from these
+    replayed: list[Example] = field(default_factory=list)  # of earlier runs, to draw from
 
 
 @dataclass
