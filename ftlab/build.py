@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ftlab import classify
+from ftlab import classify, replay
 from ftlab.assets import describe, parse_location, resolve
 from ftlab.config import (
     Config,
@@ -23,7 +23,7 @@ from ftlab.config import (
     RandomConfig,
 )
 from ftlab.data.labelled import LabelledLoader
-from ftlab.data.loader import RowLoader
+from ftlab.data.loader import Replay, RowLoader
 from ftlab.data.records import Record, SourceInfo, Splits, load_records
 from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import Example, encode_all
@@ -32,6 +32,7 @@ from ftlab.evaluation.label_measure import LabelMeasurer
 from ftlab.evaluation.measure import Measurer, Measures
 from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
+from ftlab.losses.lwf import LwF
 from ftlab.losses.mixout import Mixout
 from ftlab.losses.penalties import DecoupledL2SP, Penalty, build_penalties
 from ftlab.losses.r_drop import r_drop
@@ -93,6 +94,7 @@ class DataSet:
     test: list[Example]
     notes: tuple[str, ...] = ()  # what the user should know of the data as loaded
     labels: LabelSet | None = None
+    replayed: list[Example] = field(default_factory=list)  # of earlier runs, to draw from
 
 
 @dataclass
@@ -190,7 +192,10 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     if cut := sum(example.truncated for side in (train, validation, test) for example in side):
         what = "prompts were cut from the left" if labels is None else "texts were cut"
         notes.append(f"{cut} {what} to data.max_length={config.data.max_length}")
-    return DataSet(source, Splits(*kept), template, train, validation, test, tuple(notes), labels)
+    replayed = replay.earlier_examples(config, tokenizer, template, labels)
+    if replayed:
+        notes.append(replay.replay_note(config, len(train), len(replayed)))
+    return DataSet(source, Splits(*kept), template, train, validation, test, tuple(notes), labels, replayed)
 
 
 def _kept(records: list[Record], examples: list[Example]) -> list[Record]:
@@ -257,16 +262,16 @@ def loss_sum_of(config: Config) -> Any:
 
 def _objective(config: Config, model: AnyModel, cache: ActivationCache | None) -> LossSum:
     """What training lowers: the same sum as it is regularized, from cached activations if there are any."""
-    settings: dict[str, Any] = {
-        "chunk": config.training.head_chunk,
-        "hidden_states": None if cache is None else cache.hidden_states,
-        "smoothing": config.regularizer.label_smoothing,
-    }
+    chunk, hidden_states = config.training.head_chunk, None if cache is None else cache.hidden_states
+    smoothing = config.regularizer.label_smoothing
+    settings: dict[str, Any] = {"chunk": chunk, "hidden_states": hidden_states, "smoothing": smoothing}
     objective: Any = functools.partial(supervised_cross_entropy, **settings)
     if isinstance(config.data, LabelledDataConfig):
         objective = classify.objective(config, config.regularizer.label_smoothing)
     elif config.regularizer.r_drop > 0:
         objective = functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
+    if config.regularizer.lwf.strength > 0:
+        objective = LwF(model, config.regularizer.lwf, objective, chunk, hidden_states)
     if config.regularizer.mixout > 0:
         objective = Mixout(model, config.regularizer.mixout, objective)
     return objective  # type: ignore[no-any-return]
@@ -274,10 +279,12 @@ def _objective(config: Config, model: AnyModel, cache: ActivationCache | None) -
 
 def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoader:
     """The training rows."""
+    seed, pad_id = config.training.seed, tokenizer.pad_id
+    replayed = Replay(data.replayed, config.regularizer.replay.share) if data.replayed else None
     if data.labels is not None:
         assert isinstance(config.data, LabelledDataConfig)
-        return LabelledLoader(data.train, config.data, config.training.seed, tokenizer.pad_id, data.labels)
-    return RowLoader(data.train, config.data, seed=config.training.seed, pad_id=tokenizer.pad_id)
+        return LabelledLoader(data.train, config.data, seed, pad_id, data.labels, replayed)
+    return RowLoader(data.train, config.data, seed, pad_id, replayed)
 
 
 def total_steps(config: Config, loader: RowLoader) -> int:
@@ -302,6 +309,9 @@ def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[st
             digest.update(repr(example.content).encode())
         digest.update(b"|")
     hashes = {"tokenizer": tokenizer.fingerprint, "data": digest.hexdigest()}
+    if data.replayed:
+        contents = hashlib.sha256(repr([example.content for example in data.replayed]).encode())
+        hashes["replayed data"] = contents.hexdigest()
     if data.template is not None:
         hashes["chat template"] = data.template.fingerprint
     if data.labels is not None:
@@ -345,6 +355,11 @@ def with_absolute_paths(resolved: dict[str, Any]) -> dict[str, Any]:
         return node
 
     groups: dict[str, Any] = {name: settle(resolved[name]) for name in ("model", "data", "method") if name in resolved}
+    for name in ("ewc", "replay"):  # not those of `extra`, whose keys are the user's
+        if sources := resolved.get("regularizer", {}).get(name, {}).get("source"):
+            runs = [str(Path(source).expanduser().absolute()) for source in sources]
+            group = groups.setdefault("regularizer", dict(resolved["regularizer"]))
+            group[name] = {**group[name], "source": runs}
     return {**resolved, **groups}
 
 
@@ -366,7 +381,7 @@ def build_measurer(
 def check_lengths(data: DataSet, model: AnyModel) -> None:
     """Errors: FtlabError naming a text with more tokens than an encoder has positions."""
     if isinstance(model, Classifier):
-        classify.check_lengths([*data.train, *data.validation, *data.test], model)
+        classify.check_lengths([*data.train, *data.validation, *data.test, *data.replayed], model)
 
 
 def causal(model: AnyModel) -> LlamaForCausalLM:

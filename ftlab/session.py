@@ -281,6 +281,7 @@ class _Session:
                 "train_tokens": sum(len(e.token_ids) for e in data.train),
                 "train_supervised": sum(e.num_supervised for e in data.train),
                 "rows_in_epoch": len(loader.rows(0)),
+                **({} if loader.replay is None else {"replayed_in_epoch": loader.replay.count(loader.new)}),
             },
             labels=None if data.labels is None else data.labels.as_dict(),
             parameters=rows,

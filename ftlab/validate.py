@@ -197,6 +197,10 @@ def check_labels(config: Config) -> None:
             config.regularizer.r_drop > 0,
             "R-Drop compares distributions over tokens; set it to 0",
         ),
+        "regularizer.lwf.strength": (
+            config.regularizer.lwf.strength > 0,
+            "a classifier starts with a new head, so there is no old answer to keep; set it to 0",
+        ),
         "regularizer.dropout.head": (
             config.regularizer.dropout.head > 0,
             "a classifier's head has head.dropout instead",
@@ -307,14 +311,9 @@ def check_kernels(config: Config) -> None:
 
 def check_regularizer(config: Config) -> None:
     """EWC's runs; entries of `extra`: importable, with arguments that the class takes."""
+    check_earlier_runs(config)
     ewc = config.regularizer.ewc
-    if ewc.strength > 0 and not ewc.source:
-        raise ConfigError(
-            "regularizer.ewc.source: it names no earlier run; give 'regularizer.ewc.source=[runs/...]', or strength 0"
-        )
     for source in ewc.source if ewc.strength > 0 else ():
-        if not (Path(source) / "run.json").exists():
-            raise ConfigError(f"regularizer.ewc.source: {source} is not a run folder: it has no run.json")
         if not (Path(source) / "fisher.safetensors").exists():
             raise ConfigError(
                 f"regularizer.ewc.source: {source} has no Fisher information yet; make it by "
@@ -328,6 +327,25 @@ def check_regularizer(config: Config) -> None:
         strength = entry.get("strength")
         if isinstance(strength, int | float) and strength < 0:
             raise ConfigError(f"{key}.strength: {strength} is out of range, must be at least 0")
+
+
+def check_earlier_runs(config: Config) -> None:
+    """What learns of earlier runs names some, and they are run folders."""
+    ewc, replay = config.regularizer.ewc, config.regularizer.replay
+    for name, zero, strength, sources in (
+        ("ewc", "strength", ewc.strength, ewc.source),
+        ("replay", "share", replay.share, replay.source),
+    ):
+        if strength == 0:
+            continue
+        key = f"regularizer.{name}.source"
+        if not sources:
+            raise ConfigError(f"{key}: it names no earlier run; give '{key}=[runs/...]', or {zero} 0")
+        if len(set(sources)) < len(sources):
+            raise ConfigError(f"{key}: it names a run twice; name each once")
+        for source in sources:
+            if not (Path(source) / "run.json").exists():
+                raise ConfigError(f"{key}: {source} is not a run folder: it has no run.json")
 
 
 def check_noise(config: Config) -> None:

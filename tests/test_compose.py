@@ -226,6 +226,7 @@ def test_every_option_composes(group: str, option: str) -> None:
     needed = {
         "files": ["data.train=builtin:capitals.jsonl"],
         "ewc": ["regularizer.ewc.strength=0"],
+        "replay": ["regularizer.replay.share=0"],
         "mixout": ["method=full"],
         "tiny_bert_random": ["data=topics"],
         "labelled": ["data.train=builtin:topics.jsonl"],

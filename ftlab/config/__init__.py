@@ -46,7 +46,9 @@ from ftlab.config.regularizer import (
     L1SPConfig,
     L2Config,
     L2SPConfig,
+    LwFConfig,
     RegularizerConfig,
+    ReplayConfig,
 )
 from ftlab.config.run import (
     CheckpointConfig,
@@ -83,6 +85,7 @@ __all__ = [
     "LinearConfig",
     "LinearProbeConfig",
     "LoRAConfig",
+    "LwFConfig",
     "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -93,6 +96,7 @@ __all__ = [
     "RandomBertConfig",
     "RandomConfig",
     "RegularizerConfig",
+    "ReplayConfig",
     "ScheduleConfig",
     "TrackingConfig",
     "TrainingConfig",

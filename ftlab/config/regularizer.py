@@ -14,7 +14,9 @@ __all__ = [
     "L1SPConfig",
     "L2Config",
     "L2SPConfig",
+    "LwFConfig",
     "RegularizerConfig",
+    "ReplayConfig",
 ]
 
 
@@ -58,6 +60,24 @@ class EWCConfig:
 
 
 @dataclass
+class ReplayConfig:
+    """Examples of earlier runs' training data among the new ones (arXiv 1902.10486)."""
+
+    share: float = option(
+        0.0, "share of an epoch's examples that are replayed; 0 is bitwise the run without it", low=0, below=1
+    )
+    source: list[str] = option(list, "earlier runs whose training data are drawn from, without replacement")
+
+
+@dataclass
+class LwFConfig:
+    """strength * T^2 * KL(old || new) of what the model and its start say of each token (arXiv 1606.09282)."""
+
+    strength: float = option(0.0, "lambda; 0 is bitwise the run without it", low=0)
+    temperature: float = option(2.0, "T, by which the logits of both are divided", above=0)
+
+
+@dataclass
 class DropoutConfig:
     """Probabilities of dropout inside the model, by place (arXiv 1207.0580); the adapter's own is method.dropout."""
 
@@ -86,6 +106,8 @@ class RegularizerConfig:
     l1_sp: L1SPConfig = option(L1SPConfig, "pull of equal force to the pretrained weights")
     l2: L2Config = option(L2Config, "pull to zero")
     ewc: EWCConfig = option(EWCConfig, "pull to the weights of earlier tasks")
+    lwf: LwFConfig = option(LwFConfig, "pull to what the model said of the new data when training began")
+    replay: ReplayConfig = option(ReplayConfig, "examples of earlier runs among the new ones")
     label_smoothing: float = option(
         0.0, "share of each target spread evenly over the vocabulary, in training only", low=0, below=1
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ftlab.config import LabelledDataConfig
-from ftlab.data.loader import Batch, RowLoader, collate_rows
+from ftlab.data.loader import Batch, Replay, RowLoader, collate_rows
 from ftlab.data.records import Message, Record, SourceInfo, Splits
 from ftlab.data.splits import limit_splits
 from ftlab.data.tokenization import Example
@@ -236,9 +236,15 @@ class LabelledLoader(RowLoader):
     """The training rows of a classifier."""
 
     def __init__(
-        self, examples: Sequence[Example], config: LabelledDataConfig, seed: int, pad_id: int, labels: LabelSet
+        self,
+        examples: Sequence[Example],
+        config: LabelledDataConfig,
+        seed: int,
+        pad_id: int,
+        labels: LabelSet,
+        replay: Replay | None = None,
     ) -> None:
-        super().__init__(examples, config, seed, pad_id)
+        super().__init__(examples, config, seed, pad_id, replay)
         self.labels = labels
 
     def collate(self, rows: Sequence[Sequence[int]], most_shared: int | None = None) -> LabelledBatch:

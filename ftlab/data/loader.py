@@ -21,8 +21,9 @@ from ftlab.data.tokenization import Example
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.models.attention import Documents
 
-__all__ = ["IGNORE", "Batch", "RowLoader", "collate_rows", "eval_batches", "permutation", "split_rows"]
+__all__ = ["IGNORE", "Batch", "Replay", "RowLoader", "collate_rows", "eval_batches", "permutation", "split_rows"]
 
+_REPLAYED = 1  # the stream of random numbers that draws what is replayed
 LEAST_PREFIX = 4  # shorter ones are not worth a document of their own
 IGNORE = -100  # label of a position that predicts nothing
 
@@ -141,26 +142,62 @@ def common_prefix(examples: Sequence[Example]) -> int:
     return length if length >= LEAST_PREFIX else 0
 
 
-def permutation(count: int, seed: int, epoch: int) -> list[int]:
+def permutation(count: int, seed: int, epoch: int, stream: int = 0) -> list[int]:
     """A random order of `count` indices, fixed by (seed, epoch) on every machine and NumPy version.
 
     The raw output of the PCG64 generator is sorted, because NumPy promises that stream and not that of `permutation`.
+    stream: another one than 0 gives orders that have nothing to do with those.
     """
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    entropy = [seed, epoch, stream] if stream else [seed, epoch]
+    keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
     return [int(index) for index in np.argsort(np.atleast_1d(keys), kind="stable")]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Examples of earlier tasks among the new ones (Chaudhry et al. 2019, arXiv 1902.10486).
+
+    Each epoch has all N new examples and R of the pool, so that R / (N + R) is `share`, at least one. They are drawn
+    without replacement, over epochs too: the pool is shuffled, and once all of it was used it is shuffled anew.
+    """
+
+    pool: Sequence[Example]
+    share: float
+
+    def count(self, new: int) -> int:
+        """How many are replayed in an epoch of so many new examples."""
+        return max(1, round(self.share * new / (1 - self.share)))
+
+    def drawn(self, new: int, seed: int, epoch: int) -> list[int]:
+        """Indices into the pool, of one epoch; a pure function of the arguments."""
+        count, size = self.count(new), len(self.pool)
+        first = epoch * count
+        rounds = range(first // size, (first + count - 1) // size + 1)
+        shuffled = [index for number in rounds for index in permutation(size, seed, number, _REPLAYED)]
+        skip = first - rounds.start * size
+        return shuffled[skip : skip + count]
 
 
 class RowLoader:
     """The training rows of every epoch, as a pure function of (examples, configuration, seed, epoch).
 
     A row is a list of example indices laid end to end: packed up to `row_length`, or one example without packing. It
-    holds no cursor: (epoch, index) is all that a restart needs.
+    holds no cursor: (epoch, index) is all that a restart needs. With `replay` its pool stands behind the examples.
     """
 
-    def __init__(self, examples: Sequence[Example], data_config: DataConfig, seed: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        data_config: DataConfig,
+        seed: int,
+        pad_id: int,
+        replay: Replay | None = None,
+    ) -> None:
         if not examples:
             raise FtlabError(f"data {data_config.name}: there is no training example")
-        self.examples = list(examples)
+        self.new = len(examples)
+        self.replay = replay
+        self.examples = [*examples, *(() if replay is None else replay.pool)]
         self.config = data_config
         self.seed = seed
         self.pad_id = pad_id
@@ -175,11 +212,20 @@ class RowLoader:
 
     def _rows(self, epoch: int) -> list[list[int]]:
         """The rows of an epoch, in order."""
-        count = len(self.examples)
-        order = permutation(count, self.seed, epoch) if self.config.shuffle else list(range(count))
+        chosen = self._chosen(epoch)
+        order = [chosen[i] for i in permutation(len(chosen), self.seed, epoch)] if self.config.shuffle else chosen
         if not self.config.packing:
             return [[index] for index in order]
         return pack(self.lengths, order, self.config.row_length)
+
+    def _chosen(self, epoch: int) -> list[int]:
+        """The examples of an epoch before any shuffle: all new ones, and spread evenly among them the replayed ones."""
+        new = list(range(self.new))
+        if self.replay is None:
+            return new
+        old = [self.new + index for index in self.replay.drawn(self.new, self.seed, epoch)]
+        placed = [((place + 0.5) / len(side), index) for side in (new, old) for place, index in enumerate(side)]
+        return [index for _, index in sorted(placed)]
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Optimizer steps; the last one may have fewer rows."""

@@ -20,7 +20,7 @@ def pack(lengths: Sequence[int], order: Iterable[int], row_length: int) -> list[
 
     Args:
         lengths: tokens of each example.
-        order: the indices to pack, each at most once.
+        order: the indices to pack.
         row_length: most tokens in a row.
 
     Returns:

@@ -28,12 +28,14 @@ from ftlab.config import (
     L2Config,
     L2SPConfig,
     LoRAConfig,
+    LwFConfig,
     MethodConfig,
     PrecisionConfig,
     RegularizerConfig,
+    ReplayConfig,
     TrainingConfig,
 )
-from ftlab.data.loader import RowLoader
+from ftlab.data.loader import Replay, RowLoader
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.methods import make_method
 from ftlab.models.llama import LlamaForCausalLM
@@ -95,6 +97,8 @@ REGULARIZERS["r_drop"] = Row(
 )
 REGULARIZERS["sam"] = Row(lambda s: RegularizerConfig(sam=s), 0.1)
 REGULARIZERS["mixout"] = Row(lambda s: RegularizerConfig(mixout=s), 0.5, methods=("full",))
+REGULARIZERS["lwf"] = Row(lambda s: RegularizerConfig(lwf=LwFConfig(s)), 2.0, inside=True)
+REGULARIZERS["replay"] = Row(lambda s: RegularizerConfig(replay=ReplayConfig(s)), 0.4)
 METHODS: dict[str, Callable[[], MethodConfig]] = {
     "full": FullConfig,
     "lora": lambda: LoRAConfig(rank=4, alpha=8.0, dropout=0.2),
@@ -143,10 +147,12 @@ def train(
     progress: Any = SilentProgress()
     tracker: Any = SilentTracker()
     data = data_config(packing=True)
+    share = config.regularizer.replay.share
+    replay = Replay(ragged_examples(9, seed=8), share) if share > 0 else None
     state = TrainState(built.model, built.optimizer, built.precision, "hash")
     run = Fit(
         replica=Replica(built.model, built.objective, Ranks()),
-        loader=RowLoader(ragged_examples(16), data, seed=0, pad_id=1),
+        loader=RowLoader(ragged_examples(16), data, seed=0, pad_id=1, replay=replay),
         schedule=lambda step: 1e-2,
         penalties=built.penalties,
         limits=Limits(STEPS, frozenset({2, STEPS}), 1, 5, 1.0),
