@@ -87,8 +87,8 @@ def _gradients_unchecked() -> Iterator[None]:
     plain = dist.new_group()
 
     class Unchecked(DistributedDataParallel):
-        def __init__(self, module: torch.nn.Module) -> None:
-            super().__init__(module, process_group=plain)
+        def __init__(self, module: torch.nn.Module, **options: Any) -> None:
+            super().__init__(module, process_group=plain, **options)
 
     parallel.DistributedDataParallel = Unchecked  # type: ignore[misc]
     try:
