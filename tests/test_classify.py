@@ -121,6 +121,14 @@ def test_the_other_kinds_of_label(labels: str, tmp_path: Path) -> None:
     assert evaluate.main([f"run={tmp_path / 'run'}"]) == 0
 
 
+@pytest.mark.parametrize("method", ["bitfit", "linear_probe", "freeze", "full", "lora_bert", "gradual_unfreeze"])
+def test_in_half_precision_what_trains_is_wider_than_what_is_frozen(method: str, tmp_path: Path) -> None:
+    words = [f"method={method}", "precision=bf16", "training.max_steps=3", "evaluation.times=1"]
+    record = trained(tmp_path / "run", *words, "evaluation.baseline=false")
+    assert record["steps"] == 3
+    assert record["skipped_steps"] == 0
+
+
 def test_a_decoder_classifies_too(tmp_path: Path) -> None:
     record = trained(tmp_path / "run", "model=tiny_random", "method=lora", "training.max_steps=3")
     assert record["parameters"][0]["rule"].startswith("score")

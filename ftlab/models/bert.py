@@ -148,6 +148,15 @@ class Dropout(nn.Module):
         return F.dropout(x, self.p) if self.training and self.p > 0 else x
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, in fp32 whatever its weight and bias are stored in: a bias that trains is wider than a frozen weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x, in x's dtype; any shape [..., D]."""
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 class Embeddings(nn.Module):
     """Words, positions and segments, summed and normalised."""
 
@@ -156,7 +165,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(dropout.hidden)
 
     def forward(self, input_ids_BT: Tensor, token_types_BT: Tensor) -> Tensor:
@@ -194,7 +203,7 @@ class Output(nn.Module):
     def __init__(self, width: int, config: BertConfig, dropout: EncoderDropout) -> None:
         super().__init__()
         self.dense = Linear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(dropout.hidden)
 
     def forward(self, x: Tensor, residual_BTD: Tensor) -> Tensor:
