@@ -274,6 +274,7 @@ def _objective(config: Config, model: AnyModel, cache: ActivationCache | None) -
         objective = LwF(model, config.regularizer.lwf, objective, chunk, hidden_states)
     if config.regularizer.mixout > 0:
         objective = Mixout(model, config.regularizer.mixout, objective)
+    # partial objects have no type that says what they are called with
     return objective  # type: ignore[no-any-return]
 
 

@@ -29,6 +29,7 @@ from ftlab.config import (
     WSDConfig,
 )
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.patterns import pattern_and_factor
 from ftlab.schema import suggestion
 
 __all__ = ["GENERATION_METRICS", "LABEL_METRICS", "LOSS_METRICS", "TEMPLATES", "validate"]
@@ -250,11 +251,7 @@ def check_method(config: Config) -> None:
         if config.method.trigger == "stall" and not (config.evaluation.times or config.evaluation.every_steps):
             raise ConfigError("method.trigger: stall needs validation; give evaluation.every_steps or evaluation.times")
     for entry in config.method.rates:
-        pattern, _, factor = entry.rpartition(":")
-        if not pattern or not re.fullmatch(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?", factor):
-            raise ConfigError(
-                f"method.rates: {entry!r} is not PATTERN:FACTOR; give for example 'method.rates=[q_proj:0.5]'"
-            )
+        pattern_and_factor("method.rates", entry)
     if isinstance(config.method, LoRAConfig):
         targets = config.method.targets
         if not targets or not all(target.strip() for target in targets):
@@ -310,7 +307,9 @@ def check_kernels(config: Config) -> None:
 
 
 def check_regularizer(config: Config) -> None:
-    """EWC's runs; entries of `extra`: importable, with arguments that the class takes."""
+    """L2-SP's rules; EWC's runs; entries of `extra`: importable, with arguments that the class takes."""
+    for rule in config.regularizer.l2_sp.rules:
+        pattern_and_factor("regularizer.l2_sp.rules", rule)
     check_earlier_runs(config)
     ewc = config.regularizer.ewc
     for source in ewc.source if ewc.strength > 0 else ():

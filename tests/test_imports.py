@@ -13,7 +13,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ftlab"
 
-FOUNDATION = ("allocator", "config", "errors", "files", "downloads", "assets", "schema", "startup", "validate")
+FOUNDATION = (
+    "allocator",
+    "config",
+    "errors",
+    "files",
+    "downloads",
+    "assets",
+    "patterns",
+    "schema",
+    "startup",
+    "validate",
+)
 LAYERS = {
     **dict.fromkeys(FOUNDATION, 0),
     "operators": 1,

@@ -82,6 +82,3 @@ class LabelledDataConfig(DataConfig):
     min_per_label: int = option(1, "labels with fewer records are left out, with their records", low=1)
     shots: int | None = option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
     shots_seed: int = option(0, "which texts those are", low=0)
-
-
-# --- method --------------------------------------------------------------------------------------------------------

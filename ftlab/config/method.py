@@ -102,6 +102,3 @@ class LoRAConfig(MethodConfig):
         None, "folder of an adapter, of ftlab or of PEFT, to train on from; rank, alpha, targets must be its own"
     )
     dora: bool = option(False, "train the norm of each row of the weight apart from its direction (arXiv 2402.09353)")
-
-
-# --- regularizer ---------------------------------------------------------------------------------------------------

@@ -68,6 +68,3 @@ class HeadConfig:
         choices=("auto", "mean", "cls", "pooler", "last"),
     )
     dropout: float = option(0.0, "dropout on that vector", low=0, below=1)
-
-
-# --- data ----------------------------------------------------------------------------------------------------------

@@ -86,6 +86,3 @@ class PolynomialConfig(ScheduleConfig):
 @dataclass
 class InverseSqrtConfig(ScheduleConfig):
     """Warmup, then sqrt(warmup / step) (arXiv 1706.03762)."""
-
-
-# --- precision, parallel -------------------------------------------------------------------------------------------

@@ -28,6 +28,3 @@ def option(
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-# --- model ---------------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ class LabelledBatch(Batch):
     """
 
     mask: Tensor = None  # type: ignore[assignment]  # dataclasses want a default after none; collate gives it
-    token_types: Tensor = None  # type: ignore[assignment]
+    token_types: Tensor = None  # type: ignore[assignment]  # as mask
 
     def unsupervised(self) -> LabelledBatch:
         """The same texts with nothing to learn."""

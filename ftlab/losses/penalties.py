@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -42,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from ftlab.config import RegularizerConfig
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.models.heads import fresh_parameters
+from ftlab.patterns import pattern_and_factor
 
 __all__ = ["L1SP", "L2", "L2SP", "AdapterLeaf", "DecoupledL2SP", "Penalty", "build_penalties"]
 
@@ -280,21 +280,11 @@ def _instantiate(key: str, entry: Any, model: nn.Module) -> Penalty | None:
 
 def _factors(key: str, rules: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     """The factor of each of `names`: that of the first rule that matches whole parts of it, else 1."""
-    parsed: list[tuple[re.Pattern[str], float]] = []
-    for entry in rules:
-        pattern, _, number = entry.rpartition(":")
-        try:
-            parsed.append((re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?"), float(number)))
-        except (ValueError, re.error) as error:
-            raise ConfigError(
-                f"{key}: {entry!r} is not PATTERN:FACTOR ({error}); give for example q_proj:0.5"
-            ) from error
-        if not pattern or not 0 <= parsed[-1][1] < math.inf:
-            raise ConfigError(f"{key}: {entry!r} is not PATTERN:FACTOR; give for example q_proj:0.5")
+    parsed = [pattern_and_factor(key, entry) for entry in rules]
     found: dict[str, float] = {}
     used = set()
     for name in names:
-        which = next((number for number, (pattern, _) in enumerate(parsed) if pattern.fullmatch(name)), None)
+        which = next((number for number, (pattern, _) in enumerate(parsed) if re.fullmatch(pattern, name)), None)
         found[name] = 1.0 if which is None else parsed[which][1]
         used.add(which)
     if idle := [rules[number] for number in range(len(rules)) if number not in used]:

@@ -17,6 +17,7 @@ from ftlab.config import LoRAConfig, MethodConfig
 from ftlab.errors import ConfigError
 from ftlab.methods.trainable import Rule, TrainableTable
 from ftlab.models.heads import fresh_layers, fresh_parameters
+from ftlab.patterns import pattern_and_factor
 
 __all__ = ["Choice", "adapter_table", "block_numbers", "num_blocks", "own_rules", "table", "weight_table"]
 
@@ -59,20 +60,8 @@ def block_numbers(text: str, total: int) -> frozenset[int]:
 
 def own_rules(rates: Sequence[str]) -> list[Rule]:
     """method.rates as rules: PATTERN matches whole parts of a parameter's name, such as q_proj or layers.0."""
-    rules = []
-    for entry in rates:
-        pattern, colon, number = entry.rpartition(":")
-        try:
-            factor = float(number)
-        except ValueError:
-            factor = -1.0
-        if not colon or not pattern or not 0 <= factor < float("inf"):
-            raise ConfigError(
-                f"method.rates: {entry!r} is not PATTERN:FACTOR; give for example q_proj:0.5 or layers.0:0"
-            )
-        whole = rf"(?:.*\.)?(?:{pattern})(?:\..*)?"
-        rules.append(Rule(whole, trainable=factor > 0, lr_scale=factor or 1.0))
-    return rules
+    parsed = [pattern_and_factor("method.rates", entry) for entry in rates]
+    return [Rule(whole, trainable=factor > 0, lr_scale=factor or 1.0) for whole, factor in parsed]
 
 
 def weight_table(model: nn.Module, config: MethodConfig, choice: Choice) -> TrainableTable:
@@ -120,7 +109,7 @@ def table(model: nn.Module, rules: Sequence[Rule], own: int) -> TrainableTable:
     """
     fresh = [Rule(re.escape(layer) + r"\..*", trainable=True) for layer in fresh_layers(model)]
     rules = [*rules[:own], *fresh, *rules[own:]]
-    patterns = [_compiled(rule.pattern) for rule in rules]
+    patterns = [re.compile(rule.pattern) for rule in rules]
     used = set()
     for name, _ in model.named_parameters():
         used.add(next(index for index, pattern in enumerate(patterns) if pattern.fullmatch(name)))
@@ -147,13 +136,6 @@ def _of_blocks(blocks: Iterable[int], what: str, decay: float, total: int) -> li
     if decay == 1:
         return [Rule(rf"(.*\.)?layers?\.({'|'.join(map(str, numbers))})\.{what}", trainable=True)]
     return [Rule(rf"(.*\.)?layers?\.{i}\.{what}", trainable=True, lr_scale=decay ** (total - 1 - i)) for i in numbers]
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"method.rates: {pattern!r} is not a regular expression: {error}") from error
 
 
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ def test_a_wrong_rule_is_refused(rule: str) -> None:
         L2SP(model, 0.5, rules=[rule])
 
 
+def test_a_wrong_rule_is_refused_before_anything_loads() -> None:
+    with pytest.raises(ConfigError, match=r"regularizer\.l2_sp\.rules: 'q_proj' is not PATTERN:FACTOR"):
+        compose(["+experiment=full_tiny", "regularizer.l2_sp.rules=[q_proj]"])
+
+
 def test_anchors_in_half_precision_and_on_the_cpu() -> None:
     model = tiny_llama()
     make_method(FreezeConfig(frozen_fraction=0.5)).apply(model)
@@ -147,8 +153,6 @@ def test_a_strong_pull_leaves_the_pretrained_weights(tmp_path: Path) -> None:
         more = ["method=full", "training.max_steps=6", "evaluation.generate=false", "schedule=constant"]
         config = compose(["+experiment=full_tiny", "tracking=disabled", *more, *words, f"run_dir={folder}"])
         assert train(*config) == 0
-        import json
-
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         return float([line for line in lines if "penalty/l2_sp" in line][-1]["penalty/l2_sp"])
 
