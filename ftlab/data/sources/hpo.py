@@ -27,8 +27,10 @@ __all__ = [
     "Synonym",
     "Term",
     "build_records",
+    "checked_release",
     "load_hpo",
     "parse_obo",
+    "release_info",
     "term_groups",
 ]
 
@@ -208,25 +210,31 @@ def load_hpo(config: HPODataConfig) -> tuple[Splits, SourceInfo]:
     path = resolve(config.location)
     ontology = parse_obo(path)
     records = build_records(ontology, config.task)
-    notes: tuple[str, ...] = ()
-    if ontology.release == RELEASE:
-        expected = EXPECTED_RECORDS[config.task]
-        if len(records) != expected:
-            raise FtlabError(
-                f"{path}: release {RELEASE} has {expected} {config.task} pairs, this file has {len(records)}: it is "
-                f"not the published file; fetch {HPO_LOCATION}"
-            )
-    else:
-        notes = (f"HPO release {ontology.release}, not {RELEASE}: scores are not comparable with published ones",)
-    info = SourceInfo(
-        name=config.name,
-        title=f"Human Phenotype Ontology, {config.task}",
+    checked_release(ontology, len(records), EXPECTED_RECORDS[config.task], f"{config.task} pairs", path)
+    info = release_info(ontology, config.name, f"Human Phenotype Ontology, {config.task}", config.location)
+    return split_records(records, config), info
+
+
+def checked_release(ontology: Ontology, found: int, expected: int, what: str, path: Path) -> None:
+    """Errors: FtlabError if the file says it is the pinned release and has another number of records."""
+    if ontology.release == RELEASE and found != expected:
+        raise FtlabError(
+            f"{path}: release {RELEASE} has {expected} {what}, this file has {found}: it is not the published file; "
+            f"fetch {HPO_LOCATION}"
+        )
+
+
+def release_info(ontology: Ontology, name: str, title: str, location: str) -> SourceInfo:
+    """Where the records come from; another release than the pinned one is noted."""
+    other = f"HPO release {ontology.release}, not {RELEASE}: scores are not comparable with published ones"
+    return SourceInfo(
+        name=name,
+        title=title,
         licence=LICENCE,
         citation=CITATION,
         version=ontology.release,
         url=URL,
-        location=config.location,
-        sha256=str(describe(config.location)["sha256"]),
-        notes=notes,
+        location=location,
+        sha256=str(describe(location)["sha256"]),
+        notes=() if ontology.release == RELEASE else (other,),
     )
-    return split_records(records, config), info

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from ftlab.assets import describe, resolve
+from ftlab.assets import resolve
 from ftlab.config import LabelledDataConfig
 from ftlab.data.labelled import labelled_record
 from ftlab.data.records import Record, SourceInfo, Splits
-from ftlab.data.sources.hpo import CITATION, LICENCE, RELEASE, URL, Ontology, Term, parse_obo, term_groups
+from ftlab.data.sources.hpo import Ontology, Term, checked_release, parse_obo, release_info, term_groups
 from ftlab.data.splits import split_records
 from ftlab.errors import FtlabError
 
@@ -57,23 +57,7 @@ def load_hpo_organ(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     path = resolve(config.train)
     ontology = parse_obo(path)
     records = organ_records(ontology, config.labels)
-    notes: tuple[str, ...] = ()
-    if ontology.release != RELEASE:
-        notes = (f"HPO release {ontology.release}, not {RELEASE}: scores are not comparable with published ones",)
-    elif len(records) != EXPECTED_ORGAN_RECORDS[config.labels]:
-        raise FtlabError(
-            f"{path}: release {RELEASE} has {EXPECTED_ORGAN_RECORDS[config.labels]} definitions with organ systems "
-            f"(labels={config.labels}), this file has {len(records)}: it is not the published file"
-        )
-    info = SourceInfo(
-        name=config.name,
-        title=f"Human Phenotype Ontology, definition to organ system ({config.labels})",
-        licence=LICENCE,
-        citation=CITATION,
-        version=ontology.release,
-        url=URL,
-        location=config.train,
-        sha256=str(describe(config.train)["sha256"]),
-        notes=notes,
-    )
-    return split_records(records, config), info
+    what = f"definitions with organ systems (labels={config.labels})"
+    checked_release(ontology, len(records), EXPECTED_ORGAN_RECORDS[config.labels], what, path)
+    title = f"Human Phenotype Ontology, definition to organ system ({config.labels})"
+    return split_records(records, config), release_info(ontology, config.name, title, config.train)
