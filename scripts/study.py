@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""Studies on real data with five seeds each: docs/results/NAME.json and the page made of it.
+
+    python scripts/study.py few_shot --run [--jobs 2]    run it, then write its record and page
+    python scripts/study.py [few_shot ...]               write the pages of the records anew; without names, all
+    python scripts/study.py --check                      exit 1 if a page is not what its record gives
+
+What a study compares stands in scripts/study_definitions.py. Each row is tried with its settings on one seed that is
+used for nothing else; the setting with the lowest validation loss is taken, and only that one runs with the other seeds
+and is quoted. Where the best setting is at the edge of those tried, the next one beyond is tried too. A seed chooses
+the labelled examples, the new head and the order, so rows are compared seed by seed.
+
+A run that ended is kept in --work, under the commit and its words: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs/results"
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from study_definitions import SEEDS, STUDIES, TUNING_SEED, Entry, Study  # noqa: E402
+
+from ftlab.files import atomic_write  # noqa: E402
+
+__all__ = ["Runs", "choose", "interval", "main", "page", "study"]
+
+# Two-sided 95 % quantile of Student's t by degrees of freedom: few seeds, so the normal one would be too narrow.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+class Runs:
+    """Runs of ftlab.train in processes of their own, each made once and kept."""
+
+    def __init__(self, work: Path, jobs: int) -> None:
+        self.work, self.jobs = work, jobs
+        self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
+        self.first: dict[str, Any] = {}
+        work.mkdir(parents=True, exist_ok=True)
+
+    def submit(self, words: Sequence[str], **more: Any) -> concurrent.futures.Future[dict[str, Any]]:
+        """One run, in the pool; what of its run.json goes into a record, with `more`."""
+        return self.pool.submit(self.run, list(words), more)
+
+    def run(self, words: list[str], more: dict[str, Any]) -> dict[str, Any]:
+        """As submit, at once."""
+        name = hashlib.sha256(json.dumps([commit(), words]).encode()).hexdigest()[:24]
+        file, folder = self.work / f"{name}.json", self.work / name
+        if not file.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            command = [sys.executable, "-m", "ftlab.train", *words, f"run_dir={folder}"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+            if done.returncode != 0:
+                raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+            atomic_write(file, (folder / "run.json").read_text("utf-8"))
+            shutil.rmtree(folder)
+        record = json.loads(file.read_text("utf-8"))
+        self.first = self.first or record
+        print(f"{record['best']['value']:.4f}  {shlex.join(words[-4:])}", flush=True)
+        return {**kept(record), **more}
+
+
+def commit() -> str:
+    """The commit of this tree."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def kept(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a run goes into a study's record."""
+    final = record["scores"].get("final") or {}
+    return {
+        "validation_loss": record["best"]["value"],
+        "scores": {
+            name: score["value"] for name, score in final.items() if isinstance(score, dict) and "value" in score
+        },
+        "trained": sum(row["count"] for row in record["parameters"] if row["trainable"]),
+        "total": sum(row["count"] for row in record["parameters"]),
+        "peak_rss": record["memory"]["peak_rss"],
+    }
+
+
+def words_of(plan: Study, entry: Entry, more: Sequence[str], seed: int) -> list[str]:
+    """All words of one run."""
+    seeds = [word.format(seed=seed) for word in plan.seed_words]
+    tuning = plan.tuning_words if seed == TUNING_SEED else ()
+    return [*plan.common, *plan.words_of_group(entry.group), *entry.words, *tuning, *seeds, *more]
+
+
+def choose(plan: Study, entry: Entry, taken: Sequence[str], runs: Runs) -> tuple[list[str], list[dict[str, Any]]]:
+    """The setting with the lowest validation loss, and all that were tried, in the ladder's order."""
+    if not entry.ladder:
+        return [*taken], []
+    low, high = entry.start, min(entry.start + 3, len(entry.ladder))
+    tried: dict[int, dict[str, Any]] = {}
+    while True:
+        new = {
+            place: runs.submit(words_of(plan, entry, [*taken, entry.ladder[place]], TUNING_SEED))
+            for place in range(low, high)
+            if place not in tried
+        }
+        tried |= {place: future.result() | {"setting": entry.ladder[place]} for place, future in new.items()}
+        best = min(tried, key=lambda place: float(tried[place]["validation_loss"]))
+        if best == low and low > 0:
+            low -= 1
+        elif best == high - 1 and high < len(entry.ladder):
+            high += 1
+        else:
+            return [*taken, entry.ladder[best]], [tried[place] for place in sorted(tried)]
+
+
+def study(name: str, runs: Runs) -> dict[str, Any]:
+    """Choose settings, run the seeds, and make the record."""
+    plan = STUDIES[name]
+    chosen: dict[tuple[str, str], list[str]] = {}
+    rows = []
+    for entry in plan.entries:
+        taken = [] if entry.rate_of is None else chosen[entry.group, entry.rate_of]
+        words, tried = choose(plan, entry, taken, runs)
+        chosen[entry.group, entry.name] = words
+        futures = [runs.submit(words_of(plan, entry, words, seed), seed=seed) for seed in SEEDS]
+        rows.append((entry, words, tried, futures))
+    made = [
+        {
+            "group": entry.group,
+            "name": entry.name,
+            "words": [*entry.words, *words],
+            "tried": tried,
+            "runs": [future.result() for future in futures],
+        }
+        for entry, words, tried, futures in rows
+    ]
+    return header(f"python scripts/study.py {name} --run --jobs {runs.jobs}", runs) | {
+        "common": list(plan.common),
+        "rows": made,
+    }
+
+
+def header(command: str, runs: Runs) -> dict[str, Any]:
+    """Where a record comes from."""
+    if runs.first["dirty"]:
+        print("warning: the tree has uncommitted changes, and the record says so", file=sys.stderr)
+    keys = ("commit", "dirty", "device", "packages", "model", "data")
+    return {"format": 1, "command": command, **{key: runs.first[key] for key in keys}}
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the differences, seed by seed, and the ends of its 95 % interval by Student's t."""
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    mean = statistics.mean(differences)
+    half = T95[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def table(rows: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[str]:
+    """One group's lines; the first row is what the others are held against."""
+    main_score, second, loss = scores
+    label = {"accuracy": "accuracy, %", "macro_f1": "macro F1, %", "exact_match": "exact match, %"}
+    label |= {"token_f1": "token F1, %"}
+    reference = [run["scores"][main_score] for run in rows[0]["runs"]]
+    against_first = f"{label[main_score]} | against `{rows[0]['name']}`"
+    lines = [
+        f"| | trained weights | {against_first} | {label[second]} | test loss | GiB | chosen |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        runs = row["runs"]
+        by = {name: [run["scores"][name] for run in runs] for name in scores}
+        mean, low, high = interval(by[main_score], reference)
+        against = "" if row is rows[0] else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        memory = statistics.median(run["peak_rss"] for run in runs) / 2**30
+        chosen = " ".join(f"`{word}`" for word in row["words"][-1:]) if row["tried"] else ""
+        values = [run["setting"].partition("=")[2] for run in row["tried"]]
+        tried = f" [{', '.join(values)}]" if values else ""
+        share = f"{100 * runs[0]['trained'] / runs[0]['total']:.2f} %"
+        lines.append(
+            f"| {row['name']} | {share} | {spread(by[main_score])} | {against} "
+            f"| {spread(by[second])} | {spread(by[loss], 2)} | {memory:.2f} | {chosen}{tried} |"
+        )
+    return lines
+
+
+def unclear(rows: Sequence[dict[str, Any]], score: str) -> list[str]:
+    """Which rows five seeds cannot tell from the first, and which are worse: negative results have a sentence too."""
+    reference = [run["scores"][score] for run in rows[0]["runs"]]
+    found: dict[str, list[str]] = {"better": [], "worse": [], "no different as far as these seeds can tell": []}
+    for row in rows[1:]:
+        _, low, high = interval([run["scores"][score] for run in row["runs"]], reference)
+        found[[*found][0 if low > 0 else 1 if high < 0 else 2]].append(row["name"])
+    parts = [f"{word}: {'; '.join(names)}" for word, names in found.items() if names]
+    return [f"Against {rows[0]['name']}, by the 95 % interval of {score.replace('_', ' ')}: {'. '.join(parts)}."]
+
+
+def page(name: str, record: dict[str, Any]) -> str:
+    """The page: a table a group, and how it came about."""
+    plan = STUDIES[name]
+    lines = [f"# {plan.title}", "", f"<!-- Written by scripts/study.py from {name}.json. -->", "", *plan.text]
+    lines += [
+        f"Mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}; differences seed by seed with their 95 %",
+        "interval (Student's t). A setting in the last column had the lowest validation loss of those in brackets, on",
+        f"seed {TUNING_SEED}, which is in no row.",
+    ]
+    for group, words in plan.groups:
+        rows = [row for row in record["rows"] if row["group"] == group]
+        lines += [
+            "",
+            f"## {group[0].upper()}{group[1:]}",
+            "",
+            *table(rows, plan.scores),
+            "",
+            *unclear(rows, plan.scores[0]),
+        ]
+        lines += [f"All of this table: `{shlex.join(words)}`."] if words else []
+    device = record["device"]
+    dirty = ", with uncommitted changes" if record["dirty"] else ""
+    lines += [
+        "",
+        "## How",
+        "",
+        f"`{record['command']}`, commit {record['commit'][:10]}{dirty}, on {device['name']}, torch "
+        f"{record['packages']['torch']}, one thread a run; GiB: peak memory of the process. All runs:",
+        "",
+        f"`python -m ftlab.train {shlex.join(record['common'])}`",
+        "",
+        f"with the words in the record: [{name}.json]({name}.json).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def page_file(name: str) -> Path:
+    """Where the page of a study stands."""
+    return RESULTS / f"{name.replace('_', '-')}.md"
+
+
+def write_pages(names: Sequence[str], check: bool) -> bool:
+    """Write the pages of the records that exist; with `check` only compare. Says whether all are current."""
+    current = True
+    for name in names:
+        file = RESULTS / f"{name}.json"
+        if not file.is_file():
+            continue
+        text, target = page(name, json.loads(file.read_text("utf-8"))), page_file(name)
+        if check:
+            current &= target.is_file() and target.read_text("utf-8") == text
+        else:
+            atomic_write(target, text)
+    return current
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run studies, or write or check their pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(STUDIES)}")
+    parser.add_argument("--run", action="store_true", help="run the named studies first")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--work", type=Path, help="folder that keeps the runs that ended (default: a temporary one)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
+    arguments = parser.parse_args(argv)
+    for name in arguments.names:
+        if name not in STUDIES:
+            parser.error(f"{name}: no such study; there are {', '.join(STUDIES)}")
+    if arguments.run and not arguments.names:
+        parser.error("--run: name the studies to run")
+    if arguments.run:
+        with tempfile.TemporaryDirectory() as temporary:
+            runs = Runs((arguments.work or Path(temporary)).resolve(), arguments.jobs)
+            for name in arguments.names:
+                atomic_write(RESULTS / f"{name}.json", json.dumps(study(name, runs), indent=1) + "\n")
+    return 0 if write_pages(arguments.names or [*STUDIES], arguments.check) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
