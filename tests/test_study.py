@@ -1,0 +1,218 @@
+"""The studies: their runs compose, a setting is chosen by validation loss on a seed of its own, pages are current."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ftlab.compose import compose
+from ftlab.validate import validate
+
+ROOT = Path(__file__).parent.parent
+SIDES = {"commit": "0" * 40, "dirty": False, "device": {"name": "a processor"}, "packages": {"torch": "2"}}
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script("study", monkeypatch)
+
+
+@pytest.fixture
+def continual(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script("study_continual", monkeypatch)
+
+
+def run_record(loss: float, accuracy: float) -> dict[str, Any]:
+    """What a run of these would leave in run.json."""
+    names = ("accuracy", "macro_f1", "loss", "exact_match", "token_f1")
+    return {
+        **SIDES,
+        "status": "finished",
+        "model": {"name": "m"},
+        "data": {"name": "d"},
+        "best": {"value": loss},
+        "scores": {"final": {name: {"value": accuracy} for name in names}},
+        "parameters": [{"trainable": True, "count": 1}, {"trainable": False, "count": 3}],
+        "memory": {"peak_rss": 2**30},
+    }
+
+
+def test_every_run_of_every_study_composes(study: ModuleType) -> None:
+    for name, plan in study.STUDIES.items():
+        for entry in plan.entries:
+            for setting in entry.ladder[:1] or ("training.seed=0",):
+                words = study.words_of(plan, entry, [setting], study.TUNING_SEED)
+                config, _ = compose(words)
+                validate(config)
+                assert config.training.seed in (study.TUNING_SEED, 0), name
+
+
+def test_rows_name_rows_of_their_group(study: ModuleType) -> None:
+    for plan in study.STUDIES.values():
+        names = {(entry.group, entry.name) for entry in plan.entries}
+        assert len(names) == len(plan.entries)
+        assert {entry.group for entry in plan.entries} == set(dict(plan.groups))
+        for entry in plan.entries:
+            assert entry.rate_of is None or (entry.group, entry.rate_of) in names
+            assert not entry.ladder or entry.start + 3 <= len(entry.ladder)
+
+
+def test_pages_are_what_their_records_give(study: ModuleType, continual: ModuleType) -> None:
+    assert study.main(["--check"]) == 0
+    assert continual.main(["--check"]) == 0
+
+
+class Faked:
+    """Stands for subprocess.run of a training: the loss is least at one setting, and the seed moves the score."""
+
+    def __init__(self, best: str) -> None:
+        self.best, self.calls = best, []  # type: tuple[str, list[list[str]]]
+
+    def __call__(self, command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        words = list(command)
+        if words[0] == "git":
+            return subprocess.CompletedProcess(words, 0, "0" * 40 + "\n", "")
+        self.calls.append(words)
+        rate = next(word for word in words if word.startswith("optimizer.lr="))
+        given = float(rate.partition("=")[2])
+        seed = int(next(word for word in words if word.startswith("training.seed=")).partition("=")[2])
+        away = abs(given - float(self.best))
+        run_dir = Path(next(word for word in words if word.startswith("run_dir=")).partition("=")[2])
+        run_dir.mkdir(parents=True)
+        plus = 5.0 if "method=bitfit" in words else 0.0
+        (run_dir / "run.json").write_text(json.dumps(run_record(1 + away, 50 + plus + seed + seed % 2 * plus / 10)))
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+
+@pytest.fixture
+def plan(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    rates = tuple(f"optimizer.lr={rate}" for rate in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2"))
+    entries = (
+        study.Entry("g", "full", ("method=full",), rates, 2),
+        study.Entry("g", "BitFit", ("method=bitfit",), rates, 0),
+        study.Entry("g", "same rate", ("method=full",), rate_of="BitFit"),
+    )
+    made = study.Study("T", ("Text.",), ("model=minilm",), entries, ("accuracy", "macro_f1", "loss"), (("g", ()),))
+    monkeypatch.setitem(study.STUDIES, "toy", made)
+    return made
+
+
+def test_the_grid_widens_until_it_encloses_the_best(
+    study: ModuleType, plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    faked = Faked("3e-4")
+    monkeypatch.setattr(study.subprocess, "run", faked)
+    made = study.study("toy", study.Runs(tmp_path, 2))
+    by = {row["name"]: row for row in made["rows"]}
+    tried = {name: [run["setting"].partition("=")[2] for run in row["tried"]] for name, row in by.items()}
+    assert tried == {
+        "full": ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2"],
+        "BitFit": ["1e-4", "3e-4", "1e-3"],
+        "same rate": [],
+    }
+    assert by["same rate"]["words"][-1] == by["full"]["words"][-1] == "optimizer.lr=3e-4"
+    assert [run["seed"] for run in by["full"]["runs"]] == list(study.SEEDS)
+    tuning = [words for words in faked.calls if "training.seed=100" in words]
+    assert len(tuning) == 8
+    assert len(faked.calls) == 8 + 10, "full and the row with its rate have the same words: one run serves both"
+    before = len(faked.calls)
+    study.study("toy", study.Runs(tmp_path, 1))
+    assert len(faked.calls) == before, "what ended is kept"
+
+
+def test_the_page_pairs_by_seed_and_says_what_did_not_help(
+    study: ModuleType, plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(study.subprocess, "run", Faked("3e-4"))
+    text = study.page("toy", study.study("toy", study.Runs(tmp_path, 1)))
+    mean, low, high = study.interval([55.0, 56.5, 57.0, 58.5, 59.0], [50.0, 51.0, 52.0, 53.0, 54.0])
+    assert (mean, round(low, 3), round(high, 3)) == (5.2, 4.86, 5.54)  # by hand: sd 0.2739, t 2.776, n 5
+    assert "| BitFit | 25.00 % | 57.2 ± 1.6 | +5.2 [+4.9, +5.5] |" in text
+    assert "better: BitFit. no different as far as these seeds can tell: same rate." in text
+    assert "`optimizer.lr=3e-4` [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]" in text
+
+
+def test_a_failed_run_stops_the_study_with_its_words(
+    study: ModuleType, plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def failing(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        code = 0 if command[0] == "git" else 2
+        return subprocess.CompletedProcess(list(command), code, "0" * 40, "no such key")
+
+    monkeypatch.setattr(study.subprocess, "run", failing)
+    with pytest.raises(SystemExit, match=r"method=full[^\n]*\nno such key"):
+        study.study("toy", study.Runs(tmp_path, 1))
+
+
+# --- continual -------------------------------------------------------------------------------------------------------
+
+
+def test_every_run_of_the_chain_composes(continual: ModuleType, tmp_path: Path) -> None:
+    for name, way in continual.WAYS.items():
+        chain = continual.Chain(tmp_path, name, (way.ladder or (None,))[0], 0)
+        for place in range(len(continual.TASKS)):
+            compose(chain.words(place))
+
+
+def test_each_way_names_all_earlier_runs_and_starts_from_the_last(continual: ModuleType, tmp_path: Path) -> None:
+    chain = continual.Chain(tmp_path, "replay", "regularizer.replay.share=0.2", 3)
+    first, second = tmp_path / "seed-3/medical", tmp_path / "seed-3/replay-0.2/legal"
+    words = chain.words(2)
+    assert f"regularizer.replay.source=[{first},{second}]" in words
+    assert f"method.start_from={second}/adapter" in words
+    assert not [word for word in chain.words(0) if "replay" in word or "start_from" in word]
+
+
+def test_the_chain_asks_each_task_after_each_and_the_page_counts_what_was_lost(
+    continual: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def command(module: str, words: Sequence[str]) -> None:
+        named = dict(
+            word.split("=", 1) for word in words if word.split("=", 1)[0] in ("run_dir", "run", "adapter", "out")
+        )
+        if module == "ftlab.train":
+            folder = Path(named["run_dir"])
+            folder.mkdir(parents=True)
+            (folder / "run.json").write_text(json.dumps(run_record(1.0, 50.0)))
+        elif module == "ftlab.fisher":
+            Path(named["run"], "fisher.safetensors").touch()
+        else:
+            task, after = Path(named["run"]).name, Path(named["adapter"]).parent
+            asked.append(f"{task} after {after.name}")
+            kept = {"nothing": 10.0, "LwF-1": 25.0, "EWC-100": 40.0, "replay-0.2": 45.0}
+            way = after.parent.name
+            value = 60.0 if task == after.name else kept.get(way, 5.0)
+            seed = float(Path(named["out"]).parents[1].name.partition("-")[2])
+            scores = {name: {"value": value + seed} for name in ("exact_match", "loss")}
+            Path(named["out"]).write_text(json.dumps({"scores": {"final": scores}}))
+
+    monkeypatch.setattr(continual, "command", command)
+    made = continual.study(tmp_path, 1)
+    settings = {row["name"]: row["setting"] for row in made["rows"]}
+    assert settings == {
+        "nothing": None,
+        "EWC": "regularizer.ewc.strength=100",
+        "LwF": "regularizer.lwf.strength=1",
+        "replay": "regularizer.replay.share=0.2",
+    }
+    assert {"medical after spam", "legal after spam", "spam after spam", "medical after legal"} <= set(asked)
+    text = continual.page(made)
+    # (10 + 10 + 60) / 3 and (45 + 45 + 60) / 3, plus the seeds' mean 2; lost 60 - 10 and 60 - 45
+    assert "| nothing | 12.0 ± 1.6 | 12.0 ± 1.6 | 62.0 ± 1.6 | 28.7 ± 1.6 |  | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    assert "| +23.3 [+23.3, +23.3] | 15.0 ± 0.0 | 15.0 ± 0.0 | 1.00 | `regularizer.replay.share=0.2` [" in text
+    assert sys.executable not in text
