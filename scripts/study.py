@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -205,15 +206,18 @@ def table(rows: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[str]:
     return lines
 
 
-def unclear(rows: Sequence[dict[str, Any]], score: str) -> list[str]:
-    """Which rows five seeds cannot tell from the first, and which are worse: negative results have a sentence too."""
+def verdict(rows: Sequence[dict[str, Any]], score: str) -> list[str]:
+    """Which rows these seeds cannot tell from the first, and which are worse: negative results have a sentence too."""
     reference = [run["scores"][score] for run in rows[0]["runs"]]
     found: dict[str, list[str]] = {"better": [], "worse": [], "no different as far as these seeds can tell": []}
     for row in rows[1:]:
         _, low, high = interval([run["scores"][score] for run in row["runs"]], reference)
-        found[[*found][0 if low > 0 else 1 if high < 0 else 2]].append(row["name"])
+        up = low > 0 if score != "loss" else high < 0
+        down = high < 0 if score != "loss" else low > 0
+        found[[*found][0 if up else 1 if down else 2]].append(row["name"])
     parts = [f"{word}: {'; '.join(names)}" for word, names in found.items() if names]
-    return [f"Against {rows[0]['name']}, by the 95 % interval of {score.replace('_', ' ')}: {'. '.join(parts)}."]
+    what = "test loss" if score == "loss" else score.replace("_", " ")
+    return textwrap.wrap(f"Against {rows[0]['name']}, by the 95 % interval of {what}: {'. '.join(parts)}.", 118)
 
 
 def page(name: str, record: dict[str, Any]) -> str:
@@ -233,9 +237,11 @@ def page(name: str, record: dict[str, Any]) -> str:
             "",
             *table(rows, plan.scores),
             "",
-            *unclear(rows, plan.scores[0]),
+            *verdict(rows, plan.scores[0]),
+            "",
+            *verdict(rows, plan.scores[2]),
         ]
-        lines += [f"All of this table: `{shlex.join(words)}`."] if words else []
+        lines += ["", f"All of this table: `{shlex.join(words)}`."] if words else []
     device = record["device"]
     dirty = ", with uncommitted changes" if record["dirty"] else ""
     lines += [

@@ -253,12 +253,12 @@ def page(record: dict[str, Any]) -> str:
         "",
         *textwrap.wrap(
             "SmolLM2-135M-Instruct with LoRA of rank 16 learns three tasks, one after the other, 40 steps of 512 "
-            "tokens each: the clinical term of a layperson's phrase (HPO), whether a clause of a privacy policy answers a "
-            "question (True or False), and whether a mail is spam. Each run starts from the adapter of the one before. "
-            "Exact match of greedy answers to held-out examples of each task, in percent, mean ± standard deviation "
-            f"over seeds {', '.join(map(str, SEEDS))}. After the first task alone medical is at {learnt}, for all rows. "
-            "Lost: how much lower a task is at the end than right after it was learnt. Differences are taken seed by seed, "
-            "with their 95 % interval (Student's t).",
+            "tokens each: the clinical term of a layperson's phrase (HPO), whether a clause of a privacy policy "
+            "answers a question (True or False), and whether a mail is spam. Each run starts from the adapter of the "
+            "one before. Exact match of greedy answers to held-out examples of each task, in percent, mean ± standard "
+            f"deviation over seeds {', '.join(map(str, SEEDS))}. After the first task alone medical is at {learnt}, "
+            "for all rows. Lost: how much lower a task is at the end than right after it was learnt. Differences are "
+            "taken seed by seed, with their 95 % interval (Student's t).",
             118,
         ),
         "",

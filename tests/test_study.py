@@ -137,11 +137,12 @@ def test_the_page_pairs_by_seed_and_says_what_did_not_help(
     study: ModuleType, plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(study.subprocess, "run", Faked("3e-4"))
-    text = study.page("toy", study.study("toy", study.Runs(tmp_path, 1)))
+    text = " ".join(study.page("toy", study.study("toy", study.Runs(tmp_path, 1))).split())
     mean, low, high = study.interval([55.0, 56.5, 57.0, 58.5, 59.0], [50.0, 51.0, 52.0, 53.0, 54.0])
     assert (mean, round(low, 3), round(high, 3)) == (5.2, 4.86, 5.54)  # by hand: sd 0.2739, t 2.776, n 5
     assert "| BitFit | 25.00 % | 57.2 ± 1.6 | +5.2 [+4.9, +5.5] |" in text
-    assert "better: BitFit. no different as far as these seeds can tell: same rate." in text
+    assert "interval of accuracy: better: BitFit. no different as far as these seeds can tell: same rate." in text
+    assert "interval of test loss: worse: BitFit. no different" in text, "a lower loss is better"
     assert "`optimizer.lr=3e-4` [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]" in text
 
 
