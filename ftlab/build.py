@@ -16,11 +16,11 @@ from ftlab.config import (
     Config,
     EvaluationConfig,
     GradualUnfreezeConfig,
-    LabelledDataConfig,
     LoRAConfig,
     PretrainedConfig,
     RandomBertConfig,
     RandomConfig,
+    makes_classifier,
 )
 from ftlab.data.labelled import LabelledLoader
 from ftlab.data.loader import Replay, RowLoader
@@ -174,7 +174,7 @@ def build_base(config: Config, tokenizer: Tokenizer, ranks: Ranks, labels: Label
 def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     """Records, split and tokenised. Every example has something supervised, or this raises with its id."""
     template, labels = None, None
-    if isinstance(config.data, LabelledDataConfig):
+    if makes_classifier(config.data):
         source, splits, labels, encoded = classify.labelled_data(config, tokenizer)
     else:
         splits, source = load_records(config.data)
@@ -255,7 +255,7 @@ def climb_of(config: Config) -> Climb | None:
 
 def loss_sum_of(config: Config) -> Any:
     """What evaluation measures: (model, batch) -> summed nats, whatever the run is regularized by."""
-    if isinstance(config.data, LabelledDataConfig):
+    if makes_classifier(config.data):
         return classify.objective(config)
     return functools.partial(supervised_cross_entropy, chunk=config.training.head_chunk)
 
@@ -266,7 +266,7 @@ def _objective(config: Config, model: AnyModel, cache: ActivationCache | None) -
     smoothing = config.regularizer.label_smoothing
     settings: dict[str, Any] = {"chunk": chunk, "hidden_states": hidden_states, "smoothing": smoothing}
     objective: Any = functools.partial(supervised_cross_entropy, **settings)
-    if isinstance(config.data, LabelledDataConfig):
+    if makes_classifier(config.data):
         objective = classify.objective(config, config.regularizer.label_smoothing)
     elif config.regularizer.r_drop > 0:
         objective = functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
@@ -283,7 +283,7 @@ def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoad
     seed, pad_id = config.training.seed, tokenizer.pad_id
     replayed = Replay(data.replayed, config.regularizer.replay.share) if data.replayed else None
     if data.labels is not None:
-        assert isinstance(config.data, LabelledDataConfig)
+        assert makes_classifier(config.data)
         return LabelledLoader(data.train, config.data, seed, pad_id, data.labels, replayed)
     return RowLoader(data.train, config.data, seed, pad_id, replayed)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftlab.assets import resolve
-from ftlab.config import Config, LabelledDataConfig, PretrainedConfig, RandomBertConfig
+from ftlab.config import Config, PretrainedConfig, RandomBertConfig, makes_classifier
 from ftlab.data.labelled import encode_labelled, load_labelled
 from ftlab.data.records import SourceInfo, Splits
 from ftlab.data.tokenization import Example
@@ -31,7 +31,7 @@ def labelled_data(
 ) -> tuple[SourceInfo, Splits, LabelSet, tuple[list[Example], list[Example], list[Example]]]:
     """Records, their labels and their tokens."""
     data = config.data
-    assert isinstance(data, LabelledDataConfig)
+    assert makes_classifier(data)
     splits, info, labels = load_labelled(data)
     train, validation, test = (
         encode_labelled(side, labels, tokenizer, data) for side in (splits.train, splits.validation, splits.test)
@@ -98,5 +98,5 @@ def check_lengths(examples: list[Example], model: Classifier) -> None:
 def objective(config: Config, label_smoothing: float = 0.0) -> Any:
     """(model, batch) -> summed loss."""
     data = config.data
-    assert isinstance(data, LabelledDataConfig)
+    assert makes_classifier(data)
     return functools.partial(classification_loss, kind=data.labels, label_smoothing=label_smoothing)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ftlab.config import Config, LabelledDataConfig
+from ftlab.config import Config, makes_classifier
 from ftlab.data.labelled import encode_labelled, load_labelled
 from ftlab.data.loader import Replay
 from ftlab.data.records import Record, load_records
@@ -56,7 +56,7 @@ def _records(run: Path) -> tuple[list[Record], LabelSet | None]:
 
     earlier, record = read_config(run)
     labels = None
-    if isinstance(earlier.data, LabelledDataConfig):
+    if makes_classifier(earlier.data):
         splits, info, labels = load_labelled(earlier.data)
     else:
         splits, info = load_records(earlier.data)
@@ -86,7 +86,7 @@ def _encoder(
     if labels != earlier:
         theirs, ours = (", ".join(side.names[:8]) or side.kind for side in (earlier, labels))
         raise FtlabError(f"that run's labels ({earlier.kind}: {theirs}) are not this one's ({labels.kind}: {ours})")
-    assert isinstance(config.data, LabelledDataConfig)
+    assert makes_classifier(config.data)
     return functools.partial(encode_labelled, labels=labels, tokenizer=tokenizer, config=config.data)
 
 

@@ -27,6 +27,7 @@ from ftlab.config import (
     RandomBertConfig,
     RandomConfig,
     WSDConfig,
+    makes_classifier,
 )
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.patterns import pattern_and_factor
@@ -180,12 +181,14 @@ def check_data(config: Config) -> None:
 def check_labels(config: Config) -> None:
     """Data with labels make a classifier: settings of conversations do not apply, and those of heads only here."""
     data, head = config.data, config.head
-    if not isinstance(data, LabelledDataConfig):
+    if isinstance(data, LabelledDataConfig):
+        check_labelled(config, data)
+    if not makes_classifier(data):
         changed = [f"head.{item.name}" for item in fields(head) if getattr(head, item.name) != item.default]
         if changed:
-            raise ConfigError(f"{changed[0]}: a head of labels needs data with labels; give for example data=hpo_organ")
+            raise ConfigError(f"{changed[0]}: a head of labels needs data with labels and no data.instruction")
         if isinstance(config.model, RandomBertConfig):
-            raise ConfigError("model: an encoder gives no text; give data with labels, for example data=topics")
+            raise ConfigError("model: an encoder gives no text; give data with labels and no data.instruction")
         if config.model.hidden_dropout or config.model.attention_dropout:
             raise ConfigError("model.hidden_dropout, model.attention_dropout: they are an encoder's; leave them at 0")
         return
@@ -214,7 +217,17 @@ def check_labels(config: Config) -> None:
     for key, (given, advice) in idle.items():
         if given:
             raise ConfigError(f"{key}: {advice}")
+
+
+def check_labelled(config: Config, data: LabelledDataConfig) -> None:
+    """What texts with labels need, whether a head or a language model learns them."""
+    if data.instruction is not None and not data.instruction.strip():
+        raise ConfigError("data.instruction: it is empty; give a text, or null for a classifier")
+    if data.labels != "single" and data.source not in ("files", "hpo_organ"):
+        raise ConfigError(f"data.labels: each record of source={data.source} has one label; give single")
     if data.labels == "regression":
+        if data.instruction is not None:
+            raise ConfigError("data.instruction: a number is no answer to learn as text; set it to null")
         if data.source == "hpo_organ":
             raise ConfigError("data.labels: organ systems are no numbers; give single or multi")
         if data.min_per_label > 1:
@@ -225,8 +238,8 @@ def check_labels(config: Config) -> None:
             raise ConfigError(
                 "regularizer.label_smoothing: there is no label to smooth with data.labels=regression; set it to 0"
             )
-    if data.source == "hpo_organ" and (data.validation is not None or data.test is not None):
-        raise ConfigError("data.validation, data.test: source=hpo_organ splits the ontology itself; leave them null")
+    if data.source != "files" and (data.validation is not None or data.test is not None):
+        raise ConfigError(f"data.validation, data.test: source={data.source} splits its records; leave them null")
     if data.shots is not None and data.limit_train is not None:
         raise ConfigError("data.shots: data.limit_train would take shots away again; give one of the two")
 
@@ -478,7 +491,7 @@ def check_evaluation(config: Config) -> None:
             f"data.validation_fraction{files}, or checkpoint.patience=null"
         )
     every: tuple[str, ...] = (*LOSS_METRICS, *GENERATION_METRICS)
-    if isinstance(config.data, LabelledDataConfig):
+    if makes_classifier(config.data):
         every = LABEL_METRICS[config.data.labels]
     if checkpoint.metric not in every:
         near = suggestion(checkpoint.metric, every, "checkpoint.metric={}")

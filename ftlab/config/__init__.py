@@ -16,6 +16,7 @@ from ftlab.config.data import (
     FilesDataConfig,
     HPODataConfig,
     LabelledDataConfig,
+    makes_classifier,
 )
 from ftlab.config.method import (
     BitFitConfig,
@@ -102,6 +103,7 @@ __all__ = [
     "TrainingConfig",
     "WSDConfig",
     "from_plain",
+    "makes_classifier",
     "option_classes",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from ftlab.config.options import REQUIRED, option
 
@@ -11,7 +12,10 @@ __all__ = [
     "FilesDataConfig",
     "HPODataConfig",
     "LabelledDataConfig",
+    "makes_classifier",
 ]
+
+LABELLED_SOURCES = ("hpo_organ", "privacy_policy")  # besides files
 
 
 @dataclass
@@ -62,17 +66,22 @@ class FilesDataConfig(DataConfig):
 
 @dataclass
 class LabelledDataConfig(DataConfig):
-    """Texts with a label: what a classifier learns from. One text is one row."""
+    """Texts with a label, for a classifier or, with an instruction, for a language model."""
 
-    packing: bool = option(False, "several texts in one row; classification has one text a row, so this stays false")
+    packing: bool = option(False, "several in one row (with data.instruction; a classifier has one text a row)")
     pad_to_multiple: int = option(
         8, "pad the rows of a batch to a multiple of this many tokens; 1: to the longest", low=1
     )
     labels: str = option(
         "single", "one label a text, a list of labels, or a number", choices=("single", "multi", "regression")
     )
-    source: str = option("files", "where they come from: files of your own, or HPO", choices=("files", "hpo_organ"))
-    train: str = option(REQUIRED, "location of the training records; of hp.obo for source=hpo_organ")
+    source: str = option(
+        "files", "where they come from: files of your own, or a published source", choices=("files", *LABELLED_SOURCES)
+    )
+    instruction: str | None = option(
+        None, "null: a classifier with a head; a text: a conversation that begins with it and answers with the label"
+    )
+    train: str = option(REQUIRED, "location of the training records; of the published file for another source")
     validation: str | None = option(None, "location of the validation records; null: split off the training records")
     test: str | None = option(None, "location of the test records; null: split off the training records")
     text_field: str = option("text", "field or column of the text")
@@ -82,3 +91,8 @@ class LabelledDataConfig(DataConfig):
     min_per_label: int = option(1, "labels with fewer records are left out, with their records", low=1)
     shots: int | None = option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
     shots_seed: int = option(0, "which texts those are", low=0)
+
+
+def makes_classifier(data: DataConfig) -> TypeGuard[LabelledDataConfig]:
+    """Whether these data make a classifier; all others make a language model. Nothing else decides it."""
+    return isinstance(data, LabelledDataConfig) and data.instruction is None

@@ -61,6 +61,10 @@ def load_labelled(config: LabelledDataConfig) -> tuple[Splits, SourceInfo, Label
         from ftlab.data.sources.hpo_organ import load_hpo_organ
 
         splits, info = load_hpo_organ(config)
+    elif config.source == "privacy_policy":
+        from ftlab.data.sources.privacy_policy import load_privacy_policy
+
+        splits, info = load_privacy_policy(config)
     else:
         from ftlab.data.sources.labelled_files import load_labelled_files
 
@@ -71,7 +75,16 @@ def load_labelled(config: LabelledDataConfig) -> tuple[Splits, SourceInfo, Label
     if config.shots is not None:
         chosen, notes = few_shots(splits.train, labels, config.shots, config.shots_seed)
         splits, info = replace(splits, train=chosen), replace(info, notes=(*info.notes, *notes))
+    if config.instruction is not None:
+        sides = (splits.train, splits.validation, splits.test)
+        splits = Splits(*([_asked(record, config.instruction) for record in side] for side in sides))
     return limit_splits(splits, config), info, labels
+
+
+def _asked(record: Record, instruction: str) -> Record:
+    """The record as a conversation: the instruction, an empty line, its text or texts; the label is the answer."""
+    question, answer = record.messages
+    return replace(record, messages=(Message("user", f"{instruction}\n\n{question.content}"), answer))
 
 
 def _labelled(record: Record) -> LabelledRecord:

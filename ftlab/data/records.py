@@ -92,7 +92,9 @@ def load_records(config: DataConfig) -> tuple[Splits, SourceInfo]:
     if isinstance(config, LabelledDataConfig):
         from ftlab.data.labelled import load_labelled
 
-        return load_labelled(config)[:2]
+        splits, info, _ = load_labelled(config)
+        sides = (splits.train, splits.validation, splits.test)
+        return Splits(*(with_system(side, config.system) for side in sides)), info
     if isinstance(config, HPODataConfig):
         from ftlab.data.sources.hpo import load_hpo
 
@@ -114,4 +116,6 @@ def wording(config: DataConfig, text: str) -> str:
         from ftlab.data.sources.hpo import PROMPTS
 
         return PROMPTS[config.task] + text
+    if isinstance(config, LabelledDataConfig) and config.instruction is not None:
+        return f"{config.instruction}\n\n{text}"
     return text

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ftlab.config import FilesDataConfig, LabelledDataConfig, makes_classifier
+from ftlab.data.labelled import LabelledRecord, load_labelled
+from ftlab.data.records import load_records, wording
+from ftlab.data.sources.privacy_policy import EXPECTED, PRIVACY_LOCATION, read_privacy_policy
+from ftlab.errors import FtlabError
+
+
+def file(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
+    path = folder / "test.jsonl"
+    path.write_text(
+        "".join(json.dumps(dict(zip(("context", "question", "answer"), r, strict=True))) + "\n" for r in rows)
+    )
+    return path
+
+
+def test_duplicates_stay_once_and_contradictions_not_at_all(tmp_path: Path) -> None:
+    rows = [
+        ("We sell data.", "Do you sell?", "True"),
+        ("we sell data", "do you sell", "True"),
+        ("We sell data.", "Do you keep it?", "False"),
+        ("No cookies.", "Cookies?", "False"),
+        ("No cookies.", "Cookies?", "True"),
+    ]
+    records, left_out = read_privacy_policy(file(tmp_path, rows))
+    assert [(r.id, r.group) for r in records] == [("privacy:1", "we sell data"), ("privacy:3", "we sell data")]
+    assert left_out == 3
+    assert isinstance(records[1], LabelledRecord)
+    assert (records[1].text, records[1].pair, records[1].label) == ("We sell data.", "Do you keep it?", "False")
+
+
+def test_other_answers_are_refused_with_the_line(tmp_path: Path) -> None:
+    with pytest.raises(FtlabError, match=r"line 1: .*True or False"):
+        read_privacy_policy(file(tmp_path, [("We sell.", "Do you?", "Maybe")]))
+
+
+def test_with_an_instruction_a_record_is_a_conversation(tmp_path: Path) -> None:
+    rows = [(f"Clause {i}.", "Is it?", "True" if i % 2 else "False") for i in range(40)]
+    config = LabelledDataConfig(source="privacy_policy", train=str(file(tmp_path, rows)), shots=3)
+    assert makes_classifier(config)
+    plain = load_records(config)[0].train
+    config.instruction, config.system = "True or false?", "Be short."
+    assert not makes_classifier(config)
+    assert not makes_classifier(FilesDataConfig())
+    asked = load_records(config)[0].train
+    assert [r.id for r in asked] == [r.id for r in plain]
+    assert [m.role for m in asked[0].messages] == ["system", "user", "assistant"]
+    assert asked[0].messages[1].content == "True or false?\n\n" + plain[0].messages[0].content
+    assert asked[0].reference == plain[0].reference
+    assert wording(config, "A clause.") == "True or false?\n\nA clause."
+
+
+@pytest.mark.network
+def test_the_pinned_file() -> None:
+    config = LabelledDataConfig(source="privacy_policy", train=PRIVACY_LOCATION)
+    splits, info, labels = load_labelled(config)
+    sides = [splits.train, splits.validation, splits.test]
+    assert sum(map(len, sides)) == EXPECTED
+    assert labels.names == ("False", "True")
+    assert info.notes[0].startswith("4 rows")
+    groups = [{record.group for record in side} for side in sides]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    print([len(side) for side in sides])
