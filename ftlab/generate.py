@@ -13,7 +13,8 @@ from ftlab.startup import without_collector
 __all__ = ["GenerateArguments", "main"]
 
 _USAGE = (
-    'usage: python -m ftlab.generate run=DIR [base=false] [max_new_tokens=64] "a prompt" ["another"] (or - for stdin)'
+    "usage: python -m ftlab.generate run=DIR [base=false] [adapter=DIR] [max_new_tokens=64] "
+    '"a prompt" ["another"] (or - for stdin)'
 )
 
 
@@ -23,6 +24,9 @@ class GenerateArguments:
 
     run: str = field(metadata={"help": "folder of a run"})
     base: bool = field(default=False, metadata={"help": "ask the pretrained model without what was trained"})
+    adapter: str | None = field(
+        default=None, metadata={"help": "folder of an adapter, of ftlab or of PEFT, in place of what the run trained"}
+    )
     max_new_tokens: int = field(default=64, metadata={"help": "longest answer in tokens"})
     raw: bool = field(default=False, metadata={"help": "give the words as they are, without the data's prompt wording"})
     device: str | None = field(default=None, metadata={"help": "auto, cpu or cuda; null: the run's"})
@@ -31,6 +35,8 @@ class GenerateArguments:
 def _run(argv: list[str]) -> int:
     arguments, words = parse(GenerateArguments, argv, _USAGE)
     at_least_one(max_new_tokens=arguments.max_new_tokens)
+    if arguments.adapter is not None and arguments.base:
+        raise ConfigError("adapter: base=true asks the model without one; leave one of them out")
     if words == ["-"]:
         words = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not words:
@@ -47,7 +53,8 @@ def _run(argv: list[str]) -> int:
     run_dir = Path(arguments.run)
     config, _ = read_config(run_dir)
     with start_ranks(parallel_of(config, arguments.device)) as ranks:
-        opened = open_run(run_dir, base=arguments.base, ranks=ranks)
+        adapter = None if arguments.adapter is None else Path(arguments.adapter)
+        opened = open_run(run_dir, base=arguments.base, ranks=ranks, adapter=adapter)
         model = causal(opened.model)
         template = ChatTemplate.load(config.data.template, opened.tokenizer)
         system = [] if config.data.system is None else [Message("system", config.data.system)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,9 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, adapter: 
             method.apply(model)  # the base that the adapter sits on is the quantised one
             method.switch_off(model)
     elif adapter is not None:
-        method = LoRA(config_of(adapter, model))
+        # The adapter sits on what the run's own sat on.
+        quantize = method.config.quantize if isinstance(method, LoRA) else None
+        method = LoRA(replace(config_of(adapter, model), quantize=quantize))
         method.apply(model)
         method.load(model, adapter)
     else:

@@ -127,7 +127,7 @@ class Chain:
             out.parent.mkdir(parents=True, exist_ok=True)
             adapter = f"adapter={self.run_dir(after)}/adapter"
             command("ftlab.evaluate", [f"run={self.run_dir(task)}", adapter, f"split={split}", f"out={out}"])
-        scores = json.loads(out.read_text("utf-8"))["scores"]["final"]
+        scores = json.loads(out.read_text("utf-8"))["scores"]["after"]
         return {name: scores[name]["value"] for name in ("exact_match", "loss")}
 
 

@@ -285,6 +285,9 @@ def test_evaluate_and_generate_read_the_run(finished: Path) -> None:
     for now, then in (("before", "base"), ("after", "final")):
         expected = ended(finished)["scores"][then]["loss"]["value"]
         assert again[now]["loss"]["value"] == pytest.approx(expected, rel=1e-6)
-    call("ftlab.generate", "run=run", "max_new_tokens=4", "What is the capital of France?")
+    question = ("max_new_tokens=4", "What is the capital of France?")
+    answer = call("ftlab.generate", "run=run", *question)
+    if (finished / "adapter").is_dir():
+        assert call("ftlab.generate", "run=run", f"adapter={finished / 'adapter'}", *question) == answer
     call("ftlab.export", "run=run", "out=exported")
     assert (finished.parent / "exported" / "model.safetensors").exists()

@@ -200,7 +200,7 @@ def test_the_chain_asks_each_task_after_each_and_the_page_counts_what_was_lost(
             value = 60.0 if task == after.name else kept.get(way, 5.0)
             seed = float(Path(named["out"]).parents[1].name.partition("-")[2])
             scores = {name: {"value": value + seed} for name in ("exact_match", "loss")}
-            Path(named["out"]).write_text(json.dumps({"scores": {"final": scores}}))
+            Path(named["out"]).write_text(json.dumps({"scores": {"after": scores}}))
 
     monkeypatch.setattr(continual, "command", command)
     made = continual.study(tmp_path, 1)
