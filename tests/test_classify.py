@@ -187,7 +187,13 @@ def test_commands_that_need_text_refuse(finished: Path, capsys: pytest.CaptureFi
         (["data=capitals", "model=tiny_random", "checkpoint.metric=accuracy"], "is none of loss, perplexity"),
         (["model=tiny_random", "model.hidden_dropout=0.1"], "model.hidden_dropout"),
         (["data=capitals", "model=smollm2_135m", "model.attention_dropout=0.1"], "model.hidden_dropout"),
-        (["data.source=hpo_organ", "data.test=builtin:topics.jsonl"], "source=hpo_organ splits the ontology itself"),
+        (["data.source=hpo_organ", "data.test=builtin:topics.jsonl"], "source=hpo_organ splits its records"),
+        (["data=privacy_policy", "data.labels=multi"], "each record of source=privacy_policy has one label"),
+        (["data.instruction=''"], "data.instruction: it is empty"),
+        (["data.instruction=Which?"], "model: an encoder gives no text"),
+        (["data.instruction=Which?", "model=tiny_random", "head.dropout=0.1"], "head.dropout: a head of labels needs"),
+        (["data.instruction=Which?", "model=tiny_random", "checkpoint.metric=accuracy"], "is none of loss, perplexity"),
+        (["data.instruction=Which?", "model=tiny_random", "data.labels=regression"], "a number is no answer"),
         (["data=hpo_organ", "data.labels=regression"], "organ systems are no numbers"),
         (["head.pooling=cls"], "head.pooling: cls reads the first token, but this tokenizer starts no text"),
         (["model.max_positions=8"], "tokens, but the encoder has 8 positions"),
@@ -234,3 +240,26 @@ def test_minilm_learns_organ_systems(tmp_path: Path) -> None:
     scores = json.loads((tmp_path / "run" / "run.json").read_text())["scores"]
     assert scores["final"]["accuracy"]["low"] > 40 > scores["base"]["accuracy"]["high"]
     assert scores["final"]["auroc"]["value"] > 85
+
+
+def test_asked_as_a_conversation_it_is_a_language_model_run(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    causal = ["model=tiny_random", "method=lora", "training.max_steps=2", "evaluation.times=1"]
+    trained(first, *causal, "data=capitals", "data.limit_train=20")
+    assert fisher.main([f"run={first}", "examples=4"]) == 0
+    asked = ["data.instruction=Which topic?", "data.packing=true", "evaluation.generate=true"]
+    earlier = [
+        f"method.start_from={first / 'adapter'}",
+        f"regularizer.replay.source=[{first}]",
+        "regularizer.replay.share=0.2",
+        f"regularizer.ewc.source=[{first}]",
+        "regularizer.ewc.strength=1",
+        "regularizer.lwf.strength=0.5",
+    ]
+    record = trained(second, *causal, *asked, *earlier)
+    assert record["labels"] is None
+    assert "exact_match" in record["scores"]["final"]
+    assert any(note.startswith("replay:") for note in record["data"]["notes"])
+    answers = [json.loads(line) for line in (second / "predictions" / "final.jsonl").read_text().splitlines()]
+    assert {answer["reference"] for answer in answers} <= {"cooking", "sport", "weather"}
+    assert fisher.main([f"run={second}", "examples=4"]) == 0
