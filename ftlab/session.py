@@ -31,7 +31,7 @@ from ftlab.training.parallel import Ranks, Replica, start_ranks
 from ftlab.training.precision import Precision
 from ftlab.training.preflight import preflight, static_memory
 from ftlab.training.profiling import StepProfiler, window
-from ftlab.training.progress import Progress
+from ftlab.training.progress import Progress, memory_size
 from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, reset_peaks
 from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, changed_inputs, seed_rng
@@ -301,7 +301,21 @@ class _Session:
         self.progress.message(built.kernels)
         for row in rows:
             how = f"trains, rate x {row['lr_scale']:g}" if row["trainable"] else "frozen"
-            self.progress.message(f"  {row['count']:>13,} in {row['tensors']:>4} tensors  {how:<18}  {row['rule']}")
+            share = f"{100 * row['count'] / total:6.2f} %"
+            self.progress.message(
+                f"  {row['count']:>13,} ({share}) in {row['tensors']:>4} tensors  {how:<18}  {row['rule']}"
+            )
+        if not self.config.training.preflight:
+            self._tell_memory()
+
+    def _tell_memory(self) -> None:
+        """Weights, gradients, optimizer state and activations, in bytes, as far as they are known before step 1."""
+        memory = self.record.content["memory"]
+        words = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer state"}
+        parts = [f"{word} {memory_size(memory[key])}" for key, word in words.items()]
+        kept = memory.get("activations")
+        parts.append(f"activations {'not measured' if kept is None else memory_size(kept)}")
+        self.progress.message(f"memory: {', '.join(parts)}")
 
     def _test(self, measurer: Measures, data: build.DataSet, built: build.Built, who: str) -> None:
         """Score the test split and keep scores and answers under `who` (base or final)."""
@@ -356,7 +370,11 @@ class _Session:
         micro = -(-self.config.data.batch_size // (self.config.data.micro_batch_size * self.ranks.world))
         gradients = 1 if build.climb_of(self.config) is None else 2
         seconds = measured.seconds * gradients * micro * steps
-        self.record.update(preflight={**measured.as_dict(), "steps": steps, "estimated_seconds": round(seconds, 1)})
+        self.record.update(
+            preflight={**measured.as_dict(), "steps": steps, "estimated_seconds": round(seconds, 1)},
+            memory={"activations": measured.activations},
+        )
+        self._tell_memory()
         memory = measured.peak_device or measured.peak_rss
         self.progress.message(
             f"largest micro-batch: {measured.tokens} tokens in {measured.seconds:.2f} s, peak memory "

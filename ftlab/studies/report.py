@@ -55,6 +55,7 @@ MEMORY = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer state",
+    "activations": "activations of the largest micro-batch",
     "peak_rss": "peak of the process (RSS)",
     "peak_device": "peak on the GPU",
 }

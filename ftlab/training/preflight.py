@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ftlab.training.precision import Precision
 from ftlab.training.record import peak_device_bytes, peak_rss_bytes
 from ftlab.training.state import capture_rng, restore_rng
 
-__all__ = ["Preflight", "check_gradients", "preflight", "static_memory"]
+__all__ = ["Preflight", "SavedTensors", "check_gradients", "preflight", "static_memory"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Preflight:
     seconds: float
     peak_rss: int
     peak_device: int
+    activations: int  # bytes that the forward pass keeps for the backward pass
     silent: tuple[str, ...]  # modules that train but got no gradient at all from this batch
 
     def as_dict(self) -> dict[str, Any]:
@@ -37,6 +39,7 @@ class Preflight:
             "seconds": round(self.seconds, 3),
             "peak_rss": self.peak_rss,
             "peak_device": self.peak_device,
+            "activations": self.activations,
             "silent_modules": list(self.silent),
         }
 
@@ -58,6 +61,49 @@ def static_memory(
             gradients += size
             moments += 2 * size if state == "fp32" else 2 * (parameter.numel() + 4 * -(-parameter.numel() // 256))
     return {"weights": weights, "gradients": gradients, "optimizer": moments}
+
+
+class SavedTensors:
+    """Bytes that a forward pass keeps for the backward pass: each storage once, without the model's own tensors.
+
+    With activation checkpointing a block keeps its inputs only; the rest of one block at a time comes back in the
+    backward pass and is not counted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Counted so far."""
+        return sum(self._sizes.values())
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own:
+            self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def _count_inputs(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for value in inputs:
+            if isinstance(value, Tensor):
+                self._count(value)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what forward passes inside keep. The graph must still be there at the end: storages are told apart by
+        where they lie."""
+        model: Any = self.model
+        blocks = model.blocks if getattr(model, "checkpoint_blocks", False) else ()
+        handles = [block.register_forward_pre_hook(self._count_inputs) for block in blocks]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def check_gradients(model: nn.Module) -> tuple[str, ...]:
@@ -83,7 +129,8 @@ def check_gradients(model: nn.Module) -> tuple[str, ...]:
 def preflight(replica: Replica, batch: Batch, precision: Precision) -> Preflight:
     """Run `batch` forward and backward twice, change nothing, and say what it took.
 
-    The second time counts: the first one also compiles, picks kernels and fills caches.
+    The second time is timed: the first one also compiles, picks kernels and fills caches. What the forward pass keeps
+    is counted in the first.
 
     Raises:
         FtlabError: out of memory, or a trainable tensor without gradient.
@@ -91,10 +138,12 @@ def preflight(replica: Replica, batch: Batch, precision: Precision) -> Preflight
     rng = capture_rng()
     device = replica.ranks.device
     replica.model.train()
+    saved = SavedTensors(replica.model)
     try:
-        for _ in range(2):
+        for counted in (True, False):
             begin = time.monotonic()
-            with replica.sync(False), precision.autocast():
+            count = saved.counting() if counted else contextlib.nullcontext()
+            with replica.sync(False), precision.autocast(), count:
                 loss = replica(batch.to(device)) / max(batch.num_supervised, 1)
             precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             if device.type == "cuda":
@@ -110,4 +159,5 @@ def preflight(replica: Replica, batch: Batch, precision: Precision) -> Preflight
     for parameter in replica.model.parameters():
         parameter.grad = None
     restore_rng(rng)
-    return Preflight(batch.num_tokens, seconds, peak_rss_bytes(), peak_device_bytes(device), silent)
+    peaks = peak_rss_bytes(), peak_device_bytes(device)
+    return Preflight(batch.num_tokens, seconds, *peaks, saved.bytes, silent)
