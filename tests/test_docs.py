@@ -232,7 +232,7 @@ def small(arguments: list[str]) -> list[str]:
             kept.append(word)
         elif word == "+experiment=classify_medical":
             kept += ["data=topics", "method=lora_bert"]
-        elif word == "data=hpo_organ":
+        elif word in ("data=hpo_organ", "data=privacy_policy"):
             kept.append("data=topics")
         elif key == "+experiment":
             kept += ["+experiment=full_tiny", *(["method=lora"] if value.startswith("lora") else [])]
@@ -250,12 +250,18 @@ def small(arguments: list[str]) -> list[str]:
 
 def tiny_classifier(arguments: list[str]) -> dict[str, str]:
     """What of TINY is other for a command whose data have labels; an empty value leaves the key out."""
-    if not {"data=topics", "data=labelled", "data=hpo_organ", "+experiment=classify_medical"} & set(arguments):
+    known = {"data=topics", "data=labelled", "data=hpo_organ", "data=privacy_policy", "+experiment=classify_medical"}
+    if not known & set(arguments):
         return {}
     decoder = {"model=smollm2_135m", "model=tiny_random"} & set(arguments)
     shots = any(word.startswith("data.shots=") for word in arguments)
+    asked = any(word.startswith("data.instruction=") for word in arguments)
     limit = {"data.limit_train": ""} if shots else {}
-    return {"model": "tiny_random" if decoder else "tiny_bert_random", "data.template": "", **limit}
+    return {
+        "model": "tiny_random" if decoder else "tiny_bert_random",
+        "data.template": "" if not asked else "plain",
+        **limit,
+    }
 
 
 def newest_checkpoint(folder: Path) -> Path:
@@ -267,7 +273,7 @@ def execute(words: list[str]) -> int | None:
     what, arguments = split_command(words)
     if words[0] == "torchrun" or what not in ("train", "data", *SETTINGS):
         return None
-    if what != "train" and any(word.startswith(("hpo", "pypi:", "hf:")) for word in arguments):
+    if what != "train" and any(word.startswith(("hpo", "privacy", "pypi:", "hf:")) for word in arguments):
         return None
     if what == "train" and not any(word.startswith("-") for word in arguments):
         return int(importlib.import_module("ftlab.session").train(*compose(small(arguments))))  # as the command does

@@ -26,6 +26,7 @@ from ftlab.data.records import Record, load_records
 from ftlab.data.sources.files import read_records
 from ftlab.data.sources.hpo import CARD, HPO_LOCATION
 from ftlab.data.sources.labelled_files import read_labelled
+from ftlab.data.sources.privacy_policy import PRIVACY_LOCATION
 from ftlab.data.templates import ChatTemplate
 from ftlab.errors import ConfigError
 from ftlab.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -36,6 +37,7 @@ OPTIONS = {
     "hpo_lay_to_clinical": "Human Phenotype Ontology: layperson phrase to clinical term (7,094 pairs, 18 MB to fetch)",
     "hpo_define": "Human Phenotype Ontology: clinical term to definition (16,449 pairs, 18 MB to fetch)",
     "hpo_organ": "Human Phenotype Ontology: definition to organ system, with labels (10,580 texts, 18 MB to fetch)",
+    "privacy_policy": "clauses of privacy policies with questions, True or False (10,919 records, 20 MB to fetch)",
     "topics": "sentences with a topic as label that come with ftlab, no download",
     "labelled": "your own JSONL or CSV with labels: give the file's path and --labels",
     "capitals": "questions about capitals that come with ftlab: for trying things out, no download",
@@ -81,6 +83,10 @@ def load_option(name: str, labels: str | None = None) -> tuple[list[Record], Dat
         splits, info = load_records(organs)
         sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
         return splits.train, organs, [f"{info.title}, release {info.version}", info.licence, *info.notes, sizes]
+    if name == "privacy_policy":
+        clauses = LabelledDataConfig(name=name, source=name, train=PRIVACY_LOCATION)
+        splits, info = load_records(clauses)
+        return splits.train, clauses, [f"{info.title}, {info.version}", info.licence, *info.notes, "train:"]
     if name == "topics" or labels is not None:
         own = LabelledDataConfig(name=name, train="builtin:topics.jsonl" if name == "topics" else name)
         own.labels = labels or own.labels
