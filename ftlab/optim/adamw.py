@@ -80,6 +80,11 @@ def build_optimizer(
     ]
     constants: Any = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": 0.0}
     optimizer: torch.optim.Optimizer
+    if triton and any(target.device != p.device for p, (target, _) in (pulls or {}).items()):
+        raise ConfigError(
+            "regularizer.l2_sp.anchor: the fused optimizer of mode=decoupled reads theta0 on the device; give fp32 or "
+            "bf16, or kernels=reference"
+        )
     if triton:
         from ftlab_kernels.adamw import FusedAdamW
 
