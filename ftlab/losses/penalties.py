@@ -164,10 +164,10 @@ class L2SP(Penalty):
 class DecoupledL2SP(L2SP):
     """The same pull in the optimizer's step, as AdamW's decay (arXiv 1711.05101) is to L2:
 
-        theta <- theta - lr * wd * theta - lr * AdamW(gradient) - 2 lr strength (theta - theta0)
+        theta <- theta - lr * wd * theta - lr * AdamW(gradient) - min(1, 2 lr strength) (theta - theta0)
 
-    What Adam divides gradients by does not divide the pull. `value` is for the log and has no gradient. Errors:
-    ConfigError with adapters, whose effective weight is no parameter of the optimizer.
+    What Adam divides gradients by does not divide the pull. It ends at theta0 at most: more would diverge. `value` is
+    for the log and has no gradient. Errors: ConfigError with adapters, whose effective weight is no parameter of the optimizer.
     """
 
     def __init__(self, model: nn.Module, strength: float, **options: Any) -> None:
