@@ -167,7 +167,8 @@ class DecoupledL2SP(L2SP):
         theta <- theta - lr * wd * theta - lr * AdamW(gradient) - min(1, 2 lr strength) (theta - theta0)
 
     What Adam divides gradients by does not divide the pull. It ends at theta0 at most: more would diverge. `value` is
-    for the log and has no gradient. Errors: ConfigError with adapters, whose effective weight is no parameter of the optimizer.
+    for the log and has no gradient. Errors: ConfigError with adapters, whose effective weight is no parameter of the
+    optimizer.
     """
 
     def __init__(self, model: nn.Module, strength: float, **options: Any) -> None:
