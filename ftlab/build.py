@@ -214,7 +214,8 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
     model.use(operators)
     model.checkpoint_blocks = config.training.activation_checkpointing
     _disturb(model, Noise.of(config.regularizer))
-    penalties = build_penalties(config.regularizer, model)
+    base = resolve(config.model.location) if isinstance(config.model, PretrainedConfig) else None
+    penalties = build_penalties(config.regularizer, model, base)
     pulls = {p: pull for each in penalties if isinstance(each, DecoupledL2SP) for p, pull in each.pulls(model).items()}
     optimizer = build_optimizer(config.optimizer, model, table, triton=operators.path == "triton", pulls=pulls)
     gib = config.training.activation_cache_gib

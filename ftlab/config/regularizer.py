@@ -32,7 +32,11 @@ class L2SPConfig:
     rules: list[str] = option(
         list, "PATTERN:FACTOR of the strength, by parts of parameter names; the first that matches decides"
     )
-    anchor: str = option("fp32", "how theta0 is kept; cpu: fp32 in main memory", choices=("fp32", "bf16", "cpu"))
+    anchor: str = option(
+        "fp32",
+        "how theta0 is kept; cpu: fp32 in main memory; mmap: in files, read in each step",
+        choices=("fp32", "bf16", "cpu", "mmap"),
+    )
 
 
 @dataclass

@@ -28,10 +28,10 @@ A penalty of one's own is a subclass of `Penalty` with a name and a value, named
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ftlab.config import RegularizerConfig
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.losses.anchors import content_hash, mapped
 from ftlab.models.heads import fresh_parameters
 from ftlab.patterns import pattern_and_factor
 
@@ -82,8 +83,9 @@ class L2SP(Penalty):
 
     beta * ||theta||^2 is added over what has no pretrained value: the head of a new classifier. rules: PATTERN:FACTOR,
     matched against whole parts of parameter names (of an adapted layer's weight); the first that matches multiplies the
-    strength. anchor: theta0 in `fp32`, in `bf16` (rounded, so the pull is to the rounded values) or in fp32 on the
-    `cpu`; adapters need none. Sums run in fp32, under autocast too. Differs from the paper: no factors 1/2.
+    strength. anchor: theta0 in `fp32`, in `bf16` (rounded, so the pull is to the rounded values), in fp32 on the
+    `cpu`, or in files that are mapped, `mmap` (base: the checkpoint of `model`); adapters and a strength of 0 need
+    none. Sums run in fp32, under autocast too. Differs from the paper: no factors 1/2.
 
     Errors: ConfigError for a rule that is none or matches nothing; FtlabError where an adapter's own weight trains too.
     """
@@ -91,7 +93,14 @@ class L2SP(Penalty):
     name = "l2_sp"
 
     def __init__(
-        self, model: nn.Module, strength: float, *, beta: float = 0.0, anchor: str = "fp32", rules: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        strength: float,
+        *,
+        beta: float = 0.0,
+        anchor: str = "fp32",
+        rules: Sequence[str] = (),
+        base: Path | None = None,
     ) -> None:
         self.strength, self.beta = strength, beta
         adapted: set[int] = set()
@@ -113,12 +122,16 @@ class L2SP(Penalty):
             if parameter.requires_grad and id(parameter) not in adapted and name not in self.fresh
         }
         self.factors = _factors(f"regularizer.{self.name}.rules", rules, [*held, *layers])
+        held = {name: p for name, p in held.items() if strength > 0 and self.factors[name] > 0}
         dtype = torch.bfloat16 if anchor == "bf16" else torch.float32
-        self.anchors: dict[str, Tensor] = {
-            name: parameter.detach().to("cpu" if anchor == "cpu" else parameter.device, dtype, copy=True)
-            for name, parameter in held.items()
-            if self.factors[name] > 0
-        }
+        self.anchors: dict[str, Tensor] = (
+            mapped(held, base)
+            if anchor == "mmap"
+            else {
+                name: parameter.detach().to("cpu" if anchor == "cpu" else parameter.device, dtype, copy=True)
+                for name, parameter in held.items()
+            }
+        )
 
     def value(self, model: nn.Module) -> Tensor:
         """The penalty; fp32 scalar. Errors: an anchored parameter that `model` no longer has."""
@@ -130,7 +143,7 @@ class L2SP(Penalty):
         terms += [
             self._times(f"{name}.weight", leaf.delta_squared_norm())
             for name, leaf in _adapter_leaves(model)
-            if self.factors[f"{name}.weight"] > 0
+            if self.strength > 0 and self.factors[f"{name}.weight"] > 0
         ]
         fresh = [parameters[name].float().square().sum() for name in self.fresh if self.beta > 0]
         if not terms and not fresh:
@@ -145,20 +158,17 @@ class L2SP(Penalty):
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits over the names, shapes and values of the anchors."""
-        digest = hashlib.sha256()
-        for name, anchor in self.anchors.items():
-            digest.update(f"{name}{tuple(anchor.shape)}".encode())
-            digest.update(anchor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return content_hash(self.anchors)
 
 
 class DecoupledL2SP(L2SP):
     """The same pull in the optimizer's step, as AdamW's decay (arXiv 1711.05101) is to L2:
 
-        theta <- theta - lr * wd * theta - lr * AdamW(gradient) - 2 lr strength (theta - theta0)
+        theta <- theta - lr * wd * theta - lr * AdamW(gradient) - min(1, 2 lr strength) (theta - theta0)
 
-    What Adam divides gradients by does not divide the pull. `value` is for the log and has no gradient. Errors:
-    ConfigError with adapters, whose effective weight is no parameter of the optimizer.
+    What Adam divides gradients by does not divide the pull. It ends at theta0 at most: more would diverge. `value` is
+    for the log and has no gradient. Errors: ConfigError with adapters, whose effective weight is no parameter of the
+    optimizer.
     """
 
     def __init__(self, model: nn.Module, strength: float, **options: Any) -> None:
@@ -221,17 +231,19 @@ def _absolute(leaf: AdapterLeaf) -> Tensor:
     return leaf.delta_weight().abs().sum()
 
 
-def build_penalties(config: RegularizerConfig, model: nn.Module) -> list[Penalty]:
+def build_penalties(config: RegularizerConfig, model: nn.Module, base: Path | None = None) -> list[Penalty]:
     """The penalties of a configuration, ours first, then `extra` in its order; those of strength 0 are not built.
 
-    Call it when `model` holds the pretrained weights and its trainability is settled. An entry of `extra` is
+    Call it when `model` holds the pretrained weights and its trainability is settled. base: where these were read from;
+    None: nowhere. An entry of `extra` is
     {_target_: module.Class, ...arguments}: the class is called with the model and the arguments. Errors: ConfigError
     naming the entry that cannot be imported or built, or is not a penalty.
     """
     penalties: list[Penalty] = []
     if (l2_sp := config.l2_sp).strength > 0 or l2_sp.beta > 0:
         kind = DecoupledL2SP if l2_sp.mode == "decoupled" else L2SP
-        penalties.append(kind(model, l2_sp.strength, beta=l2_sp.beta, anchor=l2_sp.anchor, rules=l2_sp.rules))
+        how: dict[str, Any] = {"beta": l2_sp.beta, "anchor": l2_sp.anchor, "rules": l2_sp.rules, "base": base}
+        penalties.append(kind(model, l2_sp.strength, **how))
     if config.l1_sp.strength > 0:
         penalties.append(L1SP(model, config.l1_sp.strength))
     if config.l2.strength > 0:

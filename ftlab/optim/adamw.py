@@ -62,8 +62,9 @@ def build_optimizer(
     saved state is recognised. torch's fused kernel is used: deterministic, and on a CPU 3.5 times faster
     than its two other forms for a set of adapters. triton: ftlab_kernels' instead, which clips to max_grad_norm and
     leaves out a step that is not finite by itself. With state=8bit the moments take one byte each, by that optimizer or
-    by its plain form. pulls: parameters that each step also moves by lr * strength of the way to a tensor, beside the
-    decay; in the same pass where the optimizer is ftlab_kernels'. Errors: nothing trains, or not AdamW's settings.
+    by its plain form. pulls: parameters that each step also moves by lr * strength of the way to a tensor, at most all
+    of it, beside the decay; in the same pass where the optimizer is ftlab_kernels'. Errors: nothing trains, not AdamW's
+    settings, or a pull to another device than that of ftlab_kernels' optimizer.
     """
     if not isinstance(config, AdamWConfig):
         raise ConfigError("optimizer: choose an option, for example optimizer=adamw")
@@ -80,6 +81,11 @@ def build_optimizer(
     ]
     constants: Any = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": 0.0}
     optimizer: torch.optim.Optimizer
+    if triton and any(target.device != p.device for p, (target, _) in (pulls or {}).items()):
+        raise ConfigError(
+            "regularizer.l2_sp.anchor: the fused optimizer of mode=decoupled reads theta0 on the device; give fp32 or "
+            "bf16, or kernels=reference"
+        )
     if triton:
         from ftlab_kernels.adamw import FusedAdamW
 
@@ -99,7 +105,7 @@ def build_optimizer(
 
 @torch.no_grad()
 def _pull(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any, *, pulls: Mapping[Tensor, Pull]) -> None:
-    """Before a step: p <- p - lr * strength * (p - target) / (1 - lr * wd), which the decay then multiplies."""
+    """Before a step: p <- p - min(1, lr * strength) (p - target) / (1 - lr * wd), which the decay then multiplies."""
     found_inf = getattr(optimizer, "found_inf", None)  # fp16's scaler: this step will move nothing
     if found_inf is not None and float(found_inf) > 0:
         return
@@ -108,7 +114,7 @@ def _pull(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any, *, pulls: Ma
             if parameter.grad is None or (pull := pulls.get(parameter)) is None:
                 continue
             target, strength = pull
-            share = group["lr"] * strength / (1 - group["lr"] * group["weight_decay"])
+            share = min(1.0, group["lr"] * strength) / (1 - group["lr"] * group["weight_decay"])
             parameter.sub_((parameter.float() - target.to(parameter.device)).mul_(share).to(parameter.dtype))
 
 

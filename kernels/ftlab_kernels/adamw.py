@@ -6,10 +6,11 @@ information of EWC, lr the learning rate, wd the weight decay, b1 and b2 the bet
     g  = inv_scale * g_loss * min(1, max_grad_norm / (norm + 1e-6))     norm = ||inv_scale * g_loss|| over all groups
     g += ewc_strength * F (p - w*)                                      (EWC, arXiv 1612.00796)
     m  = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2               (AdamW, arXiv 1711.05101)
-    p  = p - lr wd p - lr strength (p - w0)                             (L2-SP, arXiv 1802.01483, decoupled)
+    p  = p - lr wd p - min(1, lr strength) (p - w0)                     (L2-SP, arXiv 1802.01483, decoupled)
            - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-Both pulls and the decay see the p from before the step. EWC's gradient comes before the moments and after the clipping:
+Both pulls and the decay see the p from before the step. At lr strength = 1 the pull ends at w0; more would overshoot,
+and from 2 on diverge. EWC's gradient comes before the moments and after the clipping:
 only the loss is clipped, and a clipped loss does not weaken what holds the weights. 1 - b and the corrections are made
 in fp64, all else is fp32.
 
@@ -88,7 +89,7 @@ COLUMN_OF = {
 
 
 class Anchor(NamedTuple):
-    """Pulls a parameter to `tensor` (its shape; fp32 or bf16), by lr * strength of the distance in every step."""
+    """Pulls a parameter to `tensor` (its shape; fp32 or bf16), by min(1, lr * strength) of the distance in a step."""
 
     tensor: Tensor
     strength: float
@@ -226,7 +227,7 @@ def _moved(
     corrected = (v / (1 - beta_2**t)).sqrt() + rule.eps
     new = weight - lr * rule.weight_decay * weight - lr / (1 - beta_1**t) * m / corrected
     if anchor is not None:
-        new = new - lr * anchor.strength * (weight - anchor.tensor.to(weight.dtype))
+        new = new - min(1.0, lr * anchor.strength) * (weight - anchor.tensor.to(weight.dtype))
     return new, m, v
 
 

@@ -548,7 +548,7 @@ def update(
             rate * tl.load(corrections_ptr + tensor),
             tl.load(corrections_ptr + tensors + tensor),
             1.0 - rate * fp32(weight_decay),
-            rate * tl.load(strengths_ptr + tensor),
+            tl.minimum(rate * tl.load(strengths_ptr + tensor), 1.0),
             tl.load(strengths_ptr + tensors + tensor),
         )
         step = tl.load(tl.load(column + _STEP * tensors).to(tl.pointer_type(tl.float32)))

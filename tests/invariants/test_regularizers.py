@@ -1,28 +1,28 @@
 """What every regularizer promises: a table of regularizers times properties.
 
-The properties: a strength of zero is bitwise the run without it, a positive one changes what is trained, evaluation is
-unaffected, every trainable tensor gets a gradient, recomputed activations are the first ones again, and a run that is
-killed and resumed ends bit for bit where the run that was not ends.
+A row for each option of conf/regularizer, some in several forms ("dropout: hidden"); a column for each of PROPERTIES. A
+cell is tested, or `Row.apart` says why it does not apply. What belongs to methods (identity at the start, saving,
+merging, what is frozen) is in test_methods.py, closed forms are in test_closed_forms.py.
 """
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ftlab import build
 from ftlab.config import (
-    AdamWConfig,
     AverageConfig,
-    CheckpointConfig,
-    Config,
     DropoutConfig,
+    EWCConfig,
     FullConfig,
     L1SPConfig,
     L2Config,
@@ -30,59 +30,83 @@ from ftlab.config import (
     LoRAConfig,
     LwFConfig,
     MethodConfig,
-    PrecisionConfig,
     RegularizerConfig,
     ReplayConfig,
-    TrainingConfig,
 )
-from ftlab.data.loader import Replay, RowLoader
 from ftlab.losses.cross_entropy import supervised_cross_entropy
-from ftlab.methods import make_method
+from ftlab.losses.fisher import FILE, FisherFacts, save_fisher
+from ftlab.methods.lora import lora_leaves
 from ftlab.models.llama import LlamaForCausalLM
-from ftlab.training.averaging import Averaging
-from ftlab.training.checkpoint import Checkpoints
-from ftlab.training.loop import Fit, Limits, StepResult, fit
-from ftlab.training.parallel import Ranks, Replica
-from ftlab.training.precision import Precision
-from ftlab.training.signals import StopSignal
-from ftlab.training.state import TrainState
-from tests.helpers.training import (
-    SilentProgress,
-    SilentTracker,
-    collate,
-    data_config,
-    gradients,
-    ragged_examples,
-    tiny_llama,
-)
+from ftlab.training.parallel import Ranks
+from tests.helpers.runs import assert_same_weights, made, train
+from tests.helpers.training import collate, gradients, ragged_examples, run_ranks, tiny_llama
 
-STEPS = 6
+CONF = Path(__file__).parents[2] / "conf" / "regularizer"
+PROPERTIES = {
+    "zero": "a strength of zero is bitwise the run without it",
+    "acts": "a positive strength trains something else, and logs its penalty",
+    "resume": "killed and resumed, a run ends bit for bit where the one that was not ends",
+    "evaluation": "evaluation does not know of it",
+    "gradients": "every tensor that trains gets a gradient",
+    "recomputed": "recomputed activations are the first ones again",
+    "ranks": "two ranks end where one does",
+    "held": "a strength of 1e9 holds weights where they are protected",
+}
+OUTSIDE = "it does nothing inside the model"
+DRAWN = "each rank draws masks of its own"
+NO_HOLD = "it protects no weights"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A regularizer by its strength; `inside`: it acts inside the model; `logs`: the scalar that it logs."""
+    """A regularizer by its strength; `logs`: the scalar that it logs; `apart`: why a property does not apply."""
 
     of: Callable[[float], RegularizerConfig]
     strength: float
-    inside: bool = False
+    apart: dict[str, str] = field(default_factory=lambda: {"recomputed": OUTSIDE, "held": NO_HOLD})
     logs: str = ""
     without: Callable[[], RegularizerConfig] = RegularizerConfig
     methods: tuple[str, ...] = ("full", "lora")
 
 
+INSIDE = {"ranks": DRAWN, "held": NO_HOLD}
+PULL = {"recomputed": OUTSIDE}
+
+
 def dropout_at(place: str) -> Row:
-    return Row(lambda p: RegularizerConfig(dropout=DropoutConfig(**{place: p})), 0.3, inside=True)
+    return Row(lambda p: RegularizerConfig(dropout=DropoutConfig(**{place: p})), 0.3, INSIDE)
+
+
+@functools.cache
+def earlier_run() -> str:
+    """A folder with Fisher information, as if a run had ended at the pretrained weights."""
+    folder = Path(tempfile.mkdtemp(prefix="ftlab-ewc-"))
+    weights = {name: p.detach() for name, p in tiny_llama().named_parameters() if p.ndim == 2}
+    ones = {name: torch.ones_like(p) for name, p in weights.items()}
+    save_fisher(folder / FILE, ones, weights, FisherFacts("true", 1, 0))
+    return str(folder)
+
+
+def l2_sp(**options: Any) -> Callable[[float], RegularizerConfig]:
+    return lambda strength: RegularizerConfig(l2_sp=L2SPConfig(strength, **options))
 
 
 REGULARIZERS: dict[str, Row] = {
-    "l2_sp": Row(lambda s: RegularizerConfig(l2_sp=L2SPConfig(s)), 0.1, logs="penalty/l2_sp"),
-    "l1_sp": Row(lambda s: RegularizerConfig(l1_sp=L1SPConfig(s)), 0.01, logs="penalty/l1_sp"),
+    "l2_sp": Row(l2_sp(), 0.1, PULL, "penalty/l2_sp"),
+    "l2_sp: mmap": Row(l2_sp(anchor="mmap"), 0.1, PULL, "penalty/l2_sp", methods=("full",)),
+    "l2_sp: decoupled": Row(l2_sp(mode="decoupled"), 0.1, PULL, "penalty/l2_sp", methods=("full",)),
+    "l1_sp": Row(
+        lambda s: RegularizerConfig(l1_sp=L1SPConfig(s)),
+        0.01,
+        PULL | {"held with lora": "its pull is no gradient of A and B that gets smaller near the minimum"},
+        "penalty/l1_sp",
+    ),
     "l2": Row(lambda s: RegularizerConfig(l2=L2Config(s)), 0.1, logs="penalty/l2"),
-    "label smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2),
-    **{f"dropout {p}": dropout_at(p) for p in ("embedding", "attention", "residual", "hidden", "head")},
-    "stochastic depth": Row(lambda s: RegularizerConfig(stochastic_depth=s), 0.6, inside=True),
-    "neftune": Row(lambda s: RegularizerConfig(neftune=s), 5.0, inside=True),
+    "ewc": Row(lambda s: RegularizerConfig(ewc=EWCConfig(s, [earlier_run()])), 0.1, PULL, "penalty/ewc"),
+    "label_smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2),
+    **{f"dropout: {p}": dropout_at(p) for p in ("embedding", "attention", "residual", "hidden", "head")},
+    "stochastic_depth": Row(lambda s: RegularizerConfig(stochastic_depth=s), 0.6, INSIDE),
+    "neftune": Row(lambda s: RegularizerConfig(neftune=s), 5.0, INSIDE),
 }
 REGULARIZERS |= {
     kind: Row(lambda s, kind=kind: RegularizerConfig(average=AverageConfig(kind if s else "none", 0.5, 0.3)), 1.0)  # type: ignore[misc]
@@ -92,35 +116,51 @@ REGULARIZERS["r_drop"] = Row(
     # zero strength is held against the run with the same dropout: see `without`
     lambda s: RegularizerConfig(r_drop=s, dropout=DropoutConfig(residual=0.1)),
     2.0,
-    inside=True,
+    INSIDE,
     without=lambda: RegularizerConfig(dropout=DropoutConfig(residual=0.1)),
 )
 REGULARIZERS["sam"] = Row(lambda s: RegularizerConfig(sam=s), 0.1)
-REGULARIZERS["mixout"] = Row(lambda s: RegularizerConfig(mixout=s), 0.5, methods=("full",))
-REGULARIZERS["lwf"] = Row(lambda s: RegularizerConfig(lwf=LwFConfig(s)), 2.0, inside=True)
+REGULARIZERS["mixout"] = Row(
+    lambda s: RegularizerConfig(mixout=s),
+    0.5,
+    {"recomputed": "validate refuses it with checkpointing", "ranks": DRAWN, "held": NO_HOLD},
+    methods=("full",),
+)
+REGULARIZERS["lwf"] = Row(lambda s: RegularizerConfig(lwf=LwFConfig(s)), 2.0, {"held": "it holds what the model says"})
 REGULARIZERS["replay"] = Row(lambda s: RegularizerConfig(replay=ReplayConfig(s)), 0.4)
 METHODS: dict[str, Callable[[], MethodConfig]] = {
     "full": FullConfig,
     "lora": lambda: LoRAConfig(rank=4, alpha=8.0, dropout=0.2),
 }
-PAIRS = [(name, method) for name, row in REGULARIZERS.items() for method in METHODS if method in row.methods]
-every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
-every_inside = pytest.mark.parametrize(("name", "method"), [pair for pair in PAIRS if REGULARIZERS[pair[0]].inside])
+# Dropout of the adapter draws too, so ranks are compared without it.
+STILL: dict[str, Callable[[], MethodConfig]] = {"full": FullConfig, "lora": lambda: LoRAConfig(rank=4, alpha=8.0)}
 
 
-class Killed(Exception):  # noqa: N818 - stands for a signal, not for a mistake
-    pass
+def cases(column: str) -> list[tuple[str, str]]:
+    """Rows times methods that a property applies to."""
+    return [
+        (name, method)
+        for name, row in REGULARIZERS.items()
+        for method in METHODS
+        if method in row.methods and not {column, f"{column} with {method}"} & row.apart.keys()
+    ]
 
 
-def made(method: str, regularizer: RegularizerConfig, *, checkpointing: bool = False) -> tuple[Config, build.Built]:
-    config = Config(
-        method=METHODS[method](),
-        regularizer=regularizer,
-        optimizer=AdamWConfig(lr=1e-2),
-        training=TrainingConfig(max_steps=STEPS, activation_checkpointing=checkpointing),
-    )
-    precision = Precision(PrecisionConfig(), torch.device("cpu"))
-    return config, build.build_training(config, tiny_llama(), make_method(config.method, seed=0), precision)
+def every(column: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("name", "method"), cases(column))
+
+
+def test_the_rows_are_the_options_and_each_cell_is_tested_or_says_why_not() -> None:
+    """`none` is what all rows are compared with."""
+    options = {path.stem for path in CONF.glob("*.yaml")}
+    assert {name.partition(":")[0] for name in REGULARIZERS} | {"none"} == options
+    for name, row in REGULARIZERS.items():
+        assert {key.partition(" ")[0] for key in row.apart} <= PROPERTIES.keys(), name
+        assert all(len(why) > 10 for why in row.apart.values()), name
+    marks = {name: getattr(test, "pytestmark", []) for name, test in globals().items() if name.startswith("test_")}
+    tested = [mark.args[1] for found in marks.values() for mark in found if mark.name == "parametrize"]
+    for column in PROPERTIES:
+        assert cases(column) in tested, f"no test goes through {column}: {PROPERTIES[column]}"
 
 
 def objective(built: build.Built) -> Tensor:
@@ -130,101 +170,42 @@ def objective(built: build.Built) -> Tensor:
     return built.objective(built.model, collate(ragged_examples(8), 8)[0])
 
 
-def train(
-    folder: Path, method: str, regularizer: RegularizerConfig, *, kill_after: int = 0, resume: bool = False
-) -> dict[str, Any]:
-    """A run of `STEPS` steps: its losses, weights, averages, log lines and the random state it ends with."""
-    config, built = made(method, regularizer)
-    trace: dict[str, Any] = {"losses": {}}
-
-    def on_step(step: int, result: StepResult, ids: tuple[str, ...]) -> None:
-        trace["losses"][step] = (result.nats, result.penalties)
-        if step + 1 == kill_after:
-            raise Killed
-
-    torch.manual_seed(3)
-    built.model.train()
-    progress: Any = SilentProgress()
-    tracker: Any = SilentTracker()
-    data = data_config(packing=True)
-    share = config.regularizer.replay.share
-    replay = Replay(ragged_examples(9, seed=8), share) if share > 0 else None
-    state = TrainState(built.model, built.optimizer, built.precision, "hash")
-    run = Fit(
-        replica=Replica(built.model, built.objective, Ranks()),
-        loader=RowLoader(ragged_examples(16), data, seed=0, pad_id=1, replay=replay),
-        schedule=lambda step: 1e-2,
-        penalties=built.penalties,
-        limits=Limits(STEPS, frozenset({2, STEPS}), 1, 5, 1.0),
-        checkpoint=CheckpointConfig(every_steps=1, every_minutes=None),
-        checkpoints=Checkpoints(folder, 2, progress.message),
-        tracker=tracker,
-        progress=progress,
-        stop=StopSignal(),
-        validate=lambda step: {"loss": 1.0 / step},
-        micro_batch_size=data.micro_batch_size,
-        on_step=on_step,
-        climb=build.climb_of(config),
-        hooks=build.build_hooks(config, make_method(config.method, seed=0), STEPS),
-    )
-    if resume:
-        saved = run.checkpoints.newest()
-        assert saved is not None
-        state.load_state_dict(saved, 0, 1)
-    try:
-        fit(state, run)
-    except Killed:
-        return trace
-    for hook in run.hooks:
-        assert isinstance(hook, Averaging)
-        hook.settle(state, None)
-    trace["weights"] = {key: tensor.clone() for key, tensor in state.trainable().items()}
-    trace["rng"] = torch.get_rng_state()
-    trace["lines"] = [line for line in tracker.lines if line["split"] == "train"]
-    return trace
-
-
-def assert_same_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert all(torch.equal(ours["weights"][key], tensor) for key, tensor in theirs["weights"].items())
-    assert torch.equal(ours["rng"], theirs["rng"])
-
-
-@every_pair
+@every("zero")
 def test_zero_strength_is_bitwise_the_run_without_it(tmp_path: Path, name: str, method: str) -> None:
-    without = train(tmp_path / "without", method, REGULARIZERS[name].without())
-    zero = train(tmp_path / "zero", method, REGULARIZERS[name].of(0.0))
+    without = train(tmp_path / "without", METHODS[method](), REGULARIZERS[name].without())
+    zero = train(tmp_path / "zero", METHODS[method](), REGULARIZERS[name].of(0.0))
     assert_same_weights(zero, without)
     assert zero["losses"] == without["losses"]
 
 
-@every_pair
+@every("acts")
 def test_a_positive_strength_trains_something_else(tmp_path: Path, name: str, method: str) -> None:
     row = REGULARIZERS[name]
-    without = train(tmp_path / "without", method, row.without())
-    some = train(tmp_path / "some", method, row.of(row.strength))
+    without = train(tmp_path / "without", METHODS[method](), row.without())
+    some = train(tmp_path / "some", METHODS[method](), row.of(row.strength))
     assert any(not torch.equal(some["weights"][key], tensor) for key, tensor in without["weights"].items())
     logged = {key for key in some["lines"][-1] if key.startswith("penalty/")}
     assert logged == ({row.logs} if row.logs else set())
 
 
-@every_pair
+@every("resume")
 def test_killed_and_resumed_it_ends_where_it_would_have_ended(tmp_path: Path, name: str, method: str) -> None:
     row = REGULARIZERS[name]
-    whole = train(tmp_path / "whole", method, row.of(row.strength))
+    whole = train(tmp_path / "whole", METHODS[method](), row.of(row.strength))
     for kill_after in (2, 5):
         folder = tmp_path / f"killed-{kill_after}"
-        train(folder, method, row.of(row.strength), kill_after=kill_after)
-        later = train(folder, method, row.of(row.strength), resume=True)
+        train(folder, METHODS[method](), row.of(row.strength), kill_after=kill_after)
+        later = train(folder, METHODS[method](), row.of(row.strength), resume=True)
         assert_same_weights(later, whole)
         assert later["losses"] == {step: whole["losses"][step] for step in later["losses"]}
 
 
-@every_pair
+@every("evaluation")
 def test_evaluation_does_not_know_of_it(name: str, method: str) -> None:
     row = REGULARIZERS[name]
 
     def measured(regularizer: RegularizerConfig) -> tuple[Tensor, Tensor]:
-        config, built = made(method, regularizer)
+        config, built = made(METHODS[method](), regularizer)
         built.model.eval()
         torch.manual_seed(0)
         batch = collate(ragged_examples(8), 8)[0]
@@ -242,12 +223,12 @@ def test_evaluation_does_not_know_of_it(name: str, method: str) -> None:
     assert torch.equal(rng, untouched)
 
 
-@every_inside
+@every("recomputed")
 def test_recomputed_activations_are_the_first_ones_again(name: str, method: str) -> None:
     row = REGULARIZERS[name]
 
     def step(checkpointing: bool) -> tuple[dict[str, Tensor], Tensor]:
-        _, built = made(method, row.of(row.strength), checkpointing=checkpointing)
+        _, built = made(METHODS[method](), row.of(row.strength), checkpointing=checkpointing)
         with torch.no_grad():
             for key, parameter in built.model.named_parameters():
                 if "lora_B" in key:
@@ -261,24 +242,94 @@ def test_recomputed_activations_are_the_first_ones_again(name: str, method: str)
     assert torch.equal(rng, rng_again)
 
 
-@every_pair
+@every("gradients")
 def test_every_tensor_that_trains_gets_a_gradient(name: str, method: str) -> None:
     row = REGULARIZERS[name]
-    _, built = made(method, row.of(row.strength))
+    _, built = made(METHODS[method](), row.of(row.strength))
     objective(built).backward()
     expected = {key for key, parameter in built.model.named_parameters() if parameter.requires_grad}
     assert gradients(built.model).keys() == expected
 
 
+def on_a_rank(ranks: Ranks, folder: Path) -> None:
+    for name, method in cases("ranks"):
+        row = REGULARIZERS[name]
+        place = folder / f"{name}-{method}-{ranks.rank}".replace(": ", "-")
+        run = train(place, STILL[method](), row.of(row.strength), ranks=ranks)
+        torch.save(run["weights"], folder / f"{name}-{method}-{ranks.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of every run on two ranks, from one pair of processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(on_a_rank, folder, folder, timeout_seconds=300)
+    return folder
+
+
+@every("ranks")
+def test_two_ranks_end_where_one_does(tmp_path: Path, two_ranks: Path, name: str, method: str) -> None:
+    row = REGULARIZERS[name]
+    alone = train(tmp_path, STILL[method](), row.of(row.strength))["weights"]
+    for rank in (0, 1):
+        found = torch.load(two_ranks / f"{name}-{method}-{rank}.pt", weights_only=True)
+        assert found.keys() == alone.keys()
+        for key, weight in alone.items():
+            torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def curvature(model: nn.Module) -> float:
+    """A bound of that of 1e9 ||W - W0||^2: 2e9 for a weight, times s^2 (||A A^T|| + ||B^T B||) for A and B."""
+    factors = [(leaf.scale, (leaf.lora_A.detach(), leaf.lora_B.detach())) for leaf in lora_leaves(model).values()]
+    norms = [s**2 * sum(float(torch.linalg.matrix_norm(x, 2)) ** 2 for x in pair) for s, pair in factors]
+    return 2e9 * max([1.0, *norms])
+
+
+@every("held")
+def test_a_strength_of_1e9_holds_protected_weights(tmp_path: Path, name: str, method: str) -> None:
+    """A pull in the step undoes all but the last step. One in the loss has its minimum where it pulls to.
+
+    That is told by gradient descent at a rate fit for the penalty (decreasing for L1, whose pull does not), from 0.01
+    away. Adam divides any pull by its size, so there a coupled one only turns each step round, of whatever strength.
+    """
+    row, start = REGULARIZERS[name], {key: p.detach() for key, p in tiny_llama().named_parameters()}
+    if name == "l2_sp: decoupled":
+        rate, run = 1e-4, train(tmp_path, METHODS[method](), row.of(1e9))  # lr 1e-2 times the schedule's 1e-2
+        moved = {key: float((weight - start[key]).abs().max()) for key, weight in run["weights"].items()}
+        assert 0 < max(moved.values()) < 1.2 * rate
+        return
+    config, built = made(STILL[method](), row.of(1e9))
+    (penalty,) = built.penalties
+    model, generator = built.model.eval(), torch.Generator().manual_seed(2)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for key, parameter in trained.items():
+            if not key.endswith("lora_A"):  # B = 0 is where the pretrained weights are
+                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    optimizer = torch.optim.SGD(trained.values(), lr=1 / curvature(model))
+    for step in range(150):
+        if name == "l1_sp":
+            optimizer.param_groups[0]["lr"] = 0.03e-9 * 0.9**step
+        optimizer.zero_grad()
+        (build.loss_sum_of(config)(model, collate(ragged_examples(8), 8)[0]) + penalty.value(model)).backward()
+        optimizer.step()
+    built.method.merge(model)
+    state = built.method.merged(model).state_dict()
+    held = {key for key, p in start.items() if p.ndim == 2} if name == "ewc" else start.keys()
+    assert max(float((state[key] - start[key]).abs().max()) for key in held) < 1e-6
+
+
 def test_all_of_them_act_together(tmp_path: Path) -> None:
     everything = RegularizerConfig()
-    for row in REGULARIZERS.values():
+    for name, row in REGULARIZERS.items():
+        if name.startswith("l2_sp:"):
+            continue
         one = row.of(row.strength)
         changed = {key: value for key, value in vars(one).items() if value != getattr(RegularizerConfig(), key)}
         if "dropout" in changed:
             drops = {key: p for key, p in vars(changed["dropout"]).items() if p > 0}
             changed["dropout"] = replace(everything.dropout, **drops)
         everything = replace(everything, **changed)
-    whole = train(tmp_path / "whole", "full", everything)
-    train(tmp_path / "killed", "full", everything, kill_after=3)
-    assert_same_weights(train(tmp_path / "killed", "full", everything, resume=True), whole)
+    whole = train(tmp_path / "whole", FullConfig(), everything)
+    train(tmp_path / "killed", FullConfig(), everything, kill_after=3)
+    assert_same_weights(train(tmp_path / "killed", FullConfig(), everything, resume=True), whole)

@@ -47,6 +47,13 @@ def test_a_new_head_is_pulled_to_zero(strength: float) -> None:
     torch.testing.assert_close(penalty.value(model).detach().double(), expected, rtol=1e-6, atol=0)
     plain = L2SP(model, 0.3)
     assert not set(plain.anchors) & set(HEAD), "what has no pretrained value has no anchor"
+    assert isinstance(penalty, L2SP)
+    assert bool(penalty.anchors) == (strength > 0), "a strength of 0 keeps nothing that it does not use"
+
+
+def test_beta_without_a_new_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"regularizer\.l2_sp\.beta: .* set it to 0"):
+        compose(["+experiment=full_tiny", "regularizer.l2_sp.beta=0.1"])
 
 
 def test_rules_multiply_the_strength() -> None:

@@ -170,6 +170,24 @@ def test_the_pull_alone_shrinks_the_distance() -> None:
         torch.testing.assert_close(p.detach() - w, distance * 0.9**4, rtol=1e-5, atol=1e-6)
 
 
+def test_the_pull_ends_at_the_anchor_however_strong() -> None:
+    """lr * strength of 1 and 5e7 alike; unbounded, the second would throw the weights away."""
+    params = weights()
+    anchors = [random(*p.shape, seed=9) for p in params]
+    pulls = {p: Anchor(w, s) for p, w, s in zip(params, anchors, (20.0, 1e9) * len(params), strict=False)}
+    made = FusedAdamW(params, lr=0.05, weight_decay=0.0, anchors=pulls)
+    reference = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    made.step()
+    rule = Rule(lr=0.05, weight_decay=0.0)
+    held = [pulls[p] for p in params]
+    reference_step(reference, [torch.zeros_like(p) for p in reference], [{} for _ in params], rule, anchors=held)
+    for p, w, other in zip(params, anchors, reference, strict=True):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(other, w, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("limit", [None, 2.0])
 def test_against_torchs_adamw(limit: float | None) -> None:
     """With clip_grad_norm_, in fp32, 6 steps: to 1e-6."""
