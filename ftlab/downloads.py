@@ -29,7 +29,7 @@ from typing import BinaryIO, Protocol
 from ftlab.errors import FtlabError
 from ftlab.files import sha256_file
 
-__all__ = ["RefusedError", "Wheel", "download", "fetch_wheel", "find_wheel"]
+__all__ = ["RefusedError", "Wheel", "download", "fetch_npm", "fetch_wheel", "find_wheel"]
 
 READ_BYTES = 1 << 18
 TIMEOUT_SECONDS = 60.0
@@ -39,6 +39,8 @@ NETWORK_WORDS = (
     *("connection broken", "NewConnectionError", "Max retries exceeded", "ConnectTimeout", "ProxyError"),
     *("Failed to establish", "SSLError", "ReadTimeout", "ConnectionResetError", "Temporary failure"),
 )
+# npm's codes for the same.
+NPM_NETWORK_WORDS = ("ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "EAI_AGAIN", "ENETUNREACH", "ERR_SOCKET")
 
 
 class RefusedError(Exception):
@@ -157,6 +159,46 @@ def pip_download(name: str, version: str, folder: Path) -> Path:
         if len(wheels) != 1:
             raise FtlabError(f"pip downloaded {len(wheels)} wheels of {name}=={version} where 1 was expected")
         return wheels[0].replace(folder / wheels[0].name)
+
+
+def fetch_npm(name: str, version: str, folder: Path, progress: bool) -> Path:
+    """The archive of an npm package as npm fetches it, with the user's registry, proxies and certificates.
+
+    npm checks it against what the registry says; nothing of the package is installed or run.
+
+    Raises:
+        ConnectionError: the registry cannot be reached.
+        FtlabError: npm is not there, or there is no such package.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FtlabError(
+            f"npm is needed to fetch {name} {version} and is not on the PATH: install Node.js, or copy the cache "
+            "folder of a machine that has it (FTLAB_CACHE names it)"
+        )
+    if progress:
+        print(f"fetching {name} {version} with npm", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        command = [
+            npm,
+            "pack",
+            f"{name}@{version}",
+            "--pack-destination",
+            temporary,
+            "--loglevel=error",
+            "--ignore-scripts",
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False, cwd=temporary
+        )
+        archives = list(Path(temporary).glob("*.tgz"))
+        if done.returncode != 0 or len(archives) != 1:
+            said = done.stderr.strip() or "no message"
+            if any(word in said for word in NPM_NETWORK_WORDS):
+                raise ConnectionError("npm's registry cannot be reached")
+            lines = [line.removeprefix("npm error").strip() for line in said.splitlines()]
+            raise FtlabError(f"npm finds no {name} {version}: {next(filter(None, lines), said)}")
+        return archives[0].replace(folder / archives[0].name)
 
 
 def download(wheel: Wheel, target: Path, progress: bool) -> bool:

@@ -16,6 +16,7 @@ docs/results/README.md explains the record that --out writes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -29,8 +30,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
-import itertools
 
 from ftlab.files import atomic_write  # noqa: E402
 from scripts.bench_peers import beginning, now, wait_idle  # noqa: E402

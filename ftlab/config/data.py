@@ -15,7 +15,7 @@ __all__ = [
     "makes_classifier",
 ]
 
-LABELLED_SOURCES = ("hpo_organ", "privacy_policy")  # besides files
+LABELLED_SOURCES = ("hpo_organ", "privacy_policy", "spam_assassin")  # besides files
 
 
 @dataclass

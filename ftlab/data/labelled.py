@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -46,6 +46,17 @@ class LabelledRecord(Record):
     pair: str | None = None
     label: Label = ""
 
+    def shortened(self, shorten: Callable[[str], str]) -> LabelledRecord | None:
+        """As a conversation the text loses its end, not the instruction before it or the second text after it."""
+        question, *answer = self.messages
+        after = "" if self.pair is None else f"\n{self.pair}"
+        before = question.content.removesuffix(f"{self.text}{after}")
+        text = shorten(self.text)
+        if len(text) >= len(self.text):
+            return None
+        asked = Message(question.role, f"{before}{text}{after}")
+        return replace(self, text=text, messages=(asked, *answer))
+
 
 def labelled_record(id: str, text: str, pair: str | None, label: Label, group: str = "") -> LabelledRecord:
     """A record with its messages filled in."""
@@ -65,6 +76,10 @@ def load_labelled(config: LabelledDataConfig) -> tuple[Splits, SourceInfo, Label
         from ftlab.data.sources.privacy_policy import load_privacy_policy
 
         splits, info = load_privacy_policy(config)
+    elif config.source == "spam_assassin":
+        from ftlab.data.sources.spam_assassin import load_spam_assassin
+
+        splits, info = load_spam_assassin(config)
     else:
         from ftlab.data.sources.labelled_files import load_labelled_files
 

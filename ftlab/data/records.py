@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,10 @@ class Record:
     def reference(self) -> str:
         """The text of the last message."""
         return self.messages[-1].content
+
+    def shortened(self, shorten: Callable[[str], str]) -> Record | None:
+        """The same with `shorten` done to the text in it that may lose its end; None if it has no such text."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftlab.config import DataConfig
 from ftlab.data.records import Record
@@ -20,7 +21,7 @@ class Example:
 
     supervised[i] says whether token i is learnt, that is, predicted from the tokens before it: a flag by position, so
     it holds whatever ids pad, end a text or occur twice. The first token is never learnt: nothing precedes it.
-    `truncated`: the beginning was cut off to fit.
+    `truncated`: the beginning, or the end of a labelled text, was cut off to fit.
     """
 
     id: str
@@ -63,8 +64,9 @@ def encode(
         tokenizer: the one that `template` was loaded with.
         max_length: longest example in tokens.
         too_long: what to do with a longer one. ``error`` raises; ``drop`` returns None; ``truncate`` takes tokens away
-            from its beginning (a BOS token stays), never from the last answer. If even that answer with one token
-            before it is too long, ``truncate`` raises too.
+            from its beginning (a BOS token stays), never from the last answer; a labelled text instead loses its end,
+            so that its instruction stays. If even that answer with one token before it is too long, ``truncate``
+            raises too.
 
     Raises:
         FtlabError: with the record's id; also if no token would be supervised.
@@ -90,7 +92,18 @@ def encode(
             f"{record.id}: {end} tokens, over data.max_length={max_length}; raise it, or set data.too_long to drop or "
             "truncate"
         )
+    shorter = record.shortened(functools.partial(_without_end, tokenizer=tokenizer, tokens=end - max_length))
+    if shorter is not None:
+        # Tokens join anew where the text now ends, so it may take another round; each one takes at least a token.
+        again = encode(shorter, template, tokenizer, max_length, too_long)
+        return None if again is None else replace(again, truncated=True)
     return truncated(Example(record.id, ids, supervised), tokenizer.bos_id, max_length)
+
+
+def _without_end(text: str, *, tokenizer: Tokenizer, tokens: int) -> str:
+    """A text without its last tokens, and without a character that they cut in two."""
+    ids = tokenizer.encode(text)
+    return tokenizer.decode(ids[: max(len(ids) - tokens, 0)]).rstrip("\ufffd")
 
 
 def truncated(example: Example, bos_id: int | None, max_length: int) -> Example:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from ftlab.assets import resolve
 from ftlab.config import DataConfig, HPODataConfig
+from ftlab.data.labelled import labelled_record
 from ftlab.data.records import Message, Record, load_records
 from ftlab.data.sources.hpo import HPO_LOCATION
 from ftlab.data.templates import ChatTemplate
@@ -130,3 +132,31 @@ def test_six_thousand_records_take_under_three_seconds() -> None:
     examples = encode_all(records, TEMPLATES["chatml"], TOKENIZER, DataConfig())
     assert time.process_time() - start < 3
     assert len(examples) == 6000
+
+
+@given(TEXT, TEXT, st.text(st.characters(exclude_categories=["Cs"]), max_size=60), st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_a_labelled_text_loses_its_end_and_keeps_instruction_pair_and_answer(
+    instruction: str, pair: str, text: str, room: int
+) -> None:
+    template = TEMPLATES["chatml"]
+    plain = labelled_record("r", text, pair, "yes")
+    question, answer = plain.messages
+    record = dataclasses.replace(plain, messages=(Message("user", f"{instruction}\n\n{question.content}"), answer))
+    empty = dataclasses.replace(record, messages=(Message("user", f"{instruction}\n\n\n{pair}"), answer))
+    least = encode(empty, template, TOKENIZER, 10**6, "error")
+    whole = encode(record, template, TOKENIZER, 10**6, "error")
+    assert least is not None
+    assert whole is not None
+    limit = len(least.token_ids) + room
+    example = encode(record, template, TOKENIZER, limit, "truncate")
+    assert example is not None
+    assert len(example.token_ids) <= limit
+    assert example.truncated == (len(whole.token_ids) > limit)
+    if example.truncated:
+        said = TOKENIZER.decode(example.prompt_ids, skip_special=False)
+        assert f"{instruction}\n\n" in said
+        assert f"\n{pair}<|im_end|>" in said
+        kept = said.partition(f"{instruction}\n\n")[2].rpartition(f"\n{pair}<|im_end|>")[0]
+        assert text.startswith(kept)
+    assert runs(example) == runs(whole)
