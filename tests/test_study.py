@@ -167,7 +167,8 @@ def test_every_run_of_the_chain_composes(continual: ModuleType, tmp_path: Path) 
         for place in range(len(continual.TASKS)):
             compose(chain.words(place))
             (chain.run_dir(place) / "adapter").mkdir(parents=True, exist_ok=True)
-            (chain.run_dir(place) / "adapter/adapter_config.json").write_text("{}")
+            for file in ("adapter/adapter_config.json", "run.json", "config.yaml", "fisher.safetensors"):
+                (chain.run_dir(place) / file).write_text("{}")
 
 
 def test_each_way_names_all_earlier_runs_and_starts_from_the_last(continual: ModuleType, tmp_path: Path) -> None:
