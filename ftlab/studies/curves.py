@@ -87,7 +87,7 @@ def panels_of(run: RunFolder) -> list[Panel]:
             [curve("train", k, k.removeprefix("penalty_share/")) for k in shares],
             True,
         ),
-        Panel(f"Regularizers, values in the loss ({unit})", [curve("train", key) for key in noted]),
+        Panel(f"Regularizers, values in the loss ({unit})", [curve("train", key, key) for key in noted]),
         Panel("Distance of the average from the weights", [curve("train", "average/distance", "distance")], True),
         Panel("Tokens per second", [curve("train", "tokens_per_second")], True),
         Panel("Loss scale (fp16)", [curve("train", "loss_scale")], True),
