@@ -5,7 +5,7 @@
     regression:   sum_e (z_e - y_e)^2
 
 Label smoothing s (Szegedy et al. 2015, arXiv 1512.00567) puts (1 - s) y + s / C in place of a single label's target,
-and (1 - s) y + s / 2 in place of each of several.
+and (1 - s) y + s / 2 in place of each of several. What it adds to the loss is noted as label_smoothing/cost.
 
 Shapes: E texts, C outputs.
 """
@@ -17,6 +17,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ftlab.losses.scalars import note
+
 __all__ = ["classification_loss", "logits_loss"]
 
 
@@ -25,8 +27,11 @@ def classification_loss(model: Any, batch: Any, kind: str, label_smoothing: floa
 
     A batch without targets gives 0 that is still connected to every parameter, as data-parallel training needs.
     """
-    logits_EC = model(batch)
-    return logits_loss(logits_EC[: len(batch.labels)], batch.labels, kind, label_smoothing)
+    logits_EC = model(batch)[: len(batch.labels)]
+    loss = logits_loss(logits_EC, batch.labels, kind, label_smoothing)
+    if label_smoothing > 0:
+        note("label_smoothing/cost", loss.detach() - logits_loss(logits_EC.detach(), batch.labels, kind))
+    return loss
 
 
 def logits_loss(logits_EC: Tensor, targets: Tensor, kind: str, label_smoothing: float = 0.0) -> Tensor:

@@ -3,6 +3,10 @@
 Letters: B batch rows, T positions, N supervised positions, D hidden width, V vocabulary.
 
 Positions without a label are dropped before the head, so the head costs N, not B * T.
+
+What label smoothing e adds to the plain loss is linear in the logits z = h W^T, so it needs none of them:
+
+    sum_n e (z_n,label(n) - mean_v z_nv) = e sum_n h_n . (W_label(n) - mean_v W_v)
 """
 
 from __future__ import annotations
@@ -13,10 +17,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ftlab.losses.scalars import note
 from ftlab.operators import Operators
 from ftlab.operators.linear_cross_entropy import IGNORED
 
-__all__ = ["HiddenStates", "SupervisedBatch", "SupervisedModel", "supervised_cross_entropy", "supervised_rows"]
+__all__ = [
+    "HiddenStates",
+    "SupervisedBatch",
+    "SupervisedModel",
+    "smoothing_cost",
+    "supervised_cross_entropy",
+    "supervised_rows",
+]
 
 
 HiddenStates = Callable[[Any, Tensor, Tensor, Any], Tensor]
@@ -73,7 +85,21 @@ def supervised_cross_entropy(
     documents; `ActivationCache.hidden_states` is one. smoothing: the label smoothing, which is for training only.
     """
     hidden_ND, labels_N = supervised_rows(model, batch, hidden_states)
+    if smoothing > 0:
+        note("label_smoothing/cost", smoothing_cost(hidden_ND, model.head_weight, labels_N, chunk, smoothing))
     return model.operators.linear_cross_entropy(hidden_ND, model.head_weight, labels_N, chunk, smoothing)
+
+
+@torch.no_grad()
+def smoothing_cost(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, smoothing: float) -> Tensor:
+    """The smoothed loss minus the plain one, summed over rows, `chunk` of them at a time; fp32, without a graph."""
+    precise = torch.promote_types(hidden_ND.dtype, torch.float32)
+    total = torch.zeros((), dtype=precise, device=hidden_ND.device)
+    mean_D = weight_VD.mean(0, dtype=precise)
+    for start in range(0, len(labels_N), chunk):
+        part = slice(start, start + chunk)
+        total += (hidden_ND[part].to(precise) * (weight_VD[labels_N[part]].to(precise) - mean_D)).sum()
+    return smoothing * total
 
 
 def supervised_rows(

@@ -9,7 +9,8 @@ entropy, which is larger by the entropy of p, a constant; and the factor T^2, wh
 (arXiv 1503.02531, section 2). A causal model has no head for each task, so p and q are over the vocabulary.
 
 The old model is a copy of what trains, put in the place of the present weights for a pass without gradients, dropout
-off. Its logits are made a chunk of positions at a time, and again in the backward pass, like the new ones.
+off. Its logits are made a chunk of positions at a time, and again in the backward pass, like the new ones. What the
+strength multiplies is noted as lwf/kl.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ftlab.config import LwFConfig
 from ftlab.losses.cross_entropy import HiddenStates, supervised_rows
+from ftlab.losses.scalars import note
 from ftlab.operators.linear_cross_entropy import IGNORED
 
 __all__ = ["LwF", "distillation"]
@@ -73,6 +75,7 @@ class LwF:
         for hidden_BTD in passes:
             new_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, where_N)
             divergence = distillation(old, (new_ND, head_VD), self.config.temperature, self.chunk)
+            note("lwf/kl", divergence / len(passes))
             loss = loss + self.config.strength / len(passes) * divergence
         return loss
 

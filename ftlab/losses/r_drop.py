@@ -6,7 +6,8 @@ Letters: N supervised positions, C of one chunk, D hidden width, V vocabulary.
 
 L1 and L2 are the cross entropies of the two passes. This is half of the paper's loss, so that the weight of the data
 does not change with R-Drop. The two KL together are sum_v (p1_v - p2_v) (log p1_v - log p2_v), in fp32, a chunk of
-positions at a time; its logits are made again in the backward pass instead of being kept.
+positions at a time; its logits are made again in the backward pass instead of being kept. Noted as r_drop/kl is what
+the strength multiplies, 1/4 of the two KL.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ftlab.losses.cross_entropy import HiddenStates, SupervisedBatch, SupervisedModel, supervised_rows
+from ftlab.losses.cross_entropy import (
+    HiddenStates,
+    SupervisedBatch,
+    SupervisedModel,
+    smoothing_cost,
+    supervised_rows,
+)
+from ftlab.losses.scalars import note
 
 __all__ = ["r_drop", "symmetric_kl"]
 
@@ -33,7 +41,12 @@ def r_drop(
     passes = [supervised_rows(model, batch, hidden_states) for _ in range(2)]
     head = model.head_weight
     nats = [model.operators.linear_cross_entropy(rows, head, labels, chunk, smoothing) for rows, labels in passes]
-    return (nats[0] + nats[1]) / 2 + strength / 4 * symmetric_kl(passes[0][0], passes[1][0], head, chunk)
+    if smoothing > 0:
+        for rows, labels in passes:
+            note("label_smoothing/cost", smoothing_cost(rows, head, labels, chunk, smoothing) / 2)
+    divergence = symmetric_kl(passes[0][0], passes[1][0], head, chunk)
+    note("r_drop/kl", divergence / 4)
+    return (nats[0] + nats[1]) / 2 + strength / 4 * divergence
 
 
 def symmetric_kl(one_ND: Tensor, other_ND: Tensor, weight_VD: Tensor, chunk: int) -> Tensor:

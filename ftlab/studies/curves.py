@@ -66,9 +66,12 @@ def panels_of(run: RunFolder) -> list[Panel]:
 
     penalties = [key for key in run.keys("train") if key.startswith("penalty/")]
     shares = [key for key in run.keys("train") if key.startswith("penalty_share/")]
+    apart = ("penalty/", "penalty_share/", "average/")
+    noted = [key for key in run.keys("train") if "/" in key and not key.startswith(apart)]
+    unit = loss_unit(run.record).replace("token", "supervised token")
     panels = [
         Panel(
-            f"Loss ({loss_unit(run.record).replace('token', 'supervised token')})",
+            f"Loss ({unit})",
             [curve("train", "loss"), curve("validation", "loss", dots=True)],
         ),
         Panel(
@@ -84,6 +87,8 @@ def panels_of(run: RunFolder) -> list[Panel]:
             [curve("train", k, k.removeprefix("penalty_share/")) for k in shares],
             True,
         ),
+        Panel(f"Regularizers, values in the loss ({unit})", [curve("train", key, key) for key in noted]),
+        Panel("Distance of the average from the weights", [curve("train", "average/distance", "distance")], True),
         Panel("Tokens per second", [curve("train", "tokens_per_second")], True),
         Panel("Loss scale (fp16)", [curve("train", "loss_scale")], True),
     ]

@@ -8,6 +8,8 @@ Each sample is what trains (under LoRA the factors A and B themselves), taken af
 The first sample is the average by itself, so it begins in a region that training has reached rather than at the
 pretrained weights. Averages are fp32, stand in the checkpoint, and validation measures them once they have begun, so
 that the best validation is one of weights that can be kept. Differs from SWA in the schedule, which is the run's own.
+
+Logged once they have begun: ||avg - theta||, average/distance, and the number of samples, average/models.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from ftlab.config import AverageConfig
 from ftlab.training.hooks import Hook
@@ -52,6 +56,20 @@ class Averaging(Hook):
                 weights[name] = tensor.float().clone()
             else:
                 weights[name] = weights[name].to(tensor.device).lerp_(tensor.float(), share)
+
+    def scalars(self, state: TrainState) -> dict[str, float]:
+        """How far the average is from the weights, and how many samples it is of; nothing before the first."""
+        average = state.memory.get(_KEY)
+        if average is None:
+            return {}
+        away = [
+            torch.linalg.vector_norm(average["weights"][name].to(tensor.device) - tensor)
+            for name, tensor in state.trainable().items()
+        ]
+        return {
+            "average/distance": float(torch.linalg.vector_norm(torch.stack(away))),
+            "average/models": float(average["samples"]),
+        }
 
     @contextlib.contextmanager
     def validating(self, state: TrainState) -> Iterator[None]:

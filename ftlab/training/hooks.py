@@ -24,6 +24,10 @@ class Hook:
     def after_step(self, state: TrainState, run: Fit, result: StepResult) -> None:
         """Called after each step, once it is counted, on every rank."""
 
+    def scalars(self, state: TrainState) -> dict[str, float]:
+        """What to log beside the loss; called after the steps that get a line, on every rank."""
+        return {}
+
     def validating(self, state: TrainState) -> contextlib.AbstractContextManager[None]:
         """Around each validation and the keeping of the weights that it found best, on every rank."""
         return contextlib.nullcontext()

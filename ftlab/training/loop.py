@@ -21,6 +21,7 @@ from ftlab.data.loader import Batch, RowLoader, split_rows
 from ftlab.errors import DivergenceError, FtlabError
 from ftlab.evaluation.metrics import LOWER_IS_BETTER
 from ftlab.losses.penalties import Penalty
+from ftlab.losses.scalars import collecting
 from ftlab.optim.adamw import set_lr
 from ftlab.training.checkpoint import Checkpoints
 from ftlab.training.hooks import Hook
@@ -45,6 +46,7 @@ class StepResult:
     grad_norm: float  # before clipping
     penalties: dict[str, float]
     penalty_norms: dict[str, float]  # norm of each penalty's own gradient, where that was asked for
+    noted: dict[str, float]  # what regularizers noted, summed as the loss is
     applied: bool  # False: a gradient was not finite and the weights did not move
 
 
@@ -69,7 +71,8 @@ def train_step(
     first backward, so the gradient does not depend on how the batch was split. DistributedDataParallel averages over
     ranks; the factor `world` undoes that. Penalties join the last micro-batch, equal on every rank.
 
-    climb: the step follows the gradient of the weights moved like that, and reports the loss of those not moved.
+    climb: the step follows the gradient of the weights moved like that, and reports the loss of those not moved; how
+    much higher the other one is, is noted.
     measure_penalties: take the norm of each penalty's gradient too, which costs a backward pass of the penalty.
     """
     ranks = replica.ranks
@@ -81,15 +84,16 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     norms: dict[str, float] = {}
     measured = norms if measure_penalties else None
-    nats, values = _accumulate(replica, micro_batches, supervised, precision, penalties, measured)
+    nats, noted, values = _accumulate(replica, micro_batches, supervised, precision, penalties, measured)
     if climb is not None:
         with climb(replica.model):
             optimizer.zero_grad(set_to_none=True)
-            _accumulate(replica, micro_batches, supervised, precision, penalties)
-    total_nats = float(ranks.sum(nats))
+            noted["sam/rise"] = _accumulate(replica, micro_batches, supervised, precision, penalties)[0] - nats
+    total_nats, *totals = ranks.sum(torch.stack([nats, *noted.values()])).tolist()
     grad_norm, applied = precision.step(optimizer, max_grad_norm, finite=math.isfinite(total_nats))
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total_nats, supervised, tokens, grad_norm, values, norms, applied)
+    sums = dict(zip(noted, totals, strict=True))
+    return StepResult(total_nats, supervised, tokens, grad_norm, values, norms, sums, applied)
 
 
 def _accumulate(
@@ -99,18 +103,19 @@ def _accumulate(
     precision: Precision,
     penalties: Sequence[Penalty],
     norms: dict[str, float] | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Add the gradient of the global batch to the parameters; this rank's nats, and the value of each penalty.
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, float]]:
+    """Add the gradient of the global batch to the parameters; this rank's nats and notes, and each penalty's value.
 
     norms: is filled with the norm of each penalty's gradient.
     """
     ranks = replica.ranks
     nats = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    noted: dict[str, torch.Tensor] = {}
     values: dict[str, float] = {}
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         with replica.sync(last):
-            with precision.autocast():
+            with precision.autocast(), collecting(noted):
                 loss_sum = replica(batch.to(ranks.device))
             nats += loss_sum.detach().double()
             loss = loss_sum * (ranks.world / supervised)
@@ -122,7 +127,7 @@ def _accumulate(
                         norms[penalty.name] = _gradient_norm(value, replica.model)
                     loss = loss + value
             precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    return nats, values
+    return nats, noted, values
 
 
 def _gradient_norm(value: torch.Tensor, model: nn.Module) -> float:
@@ -244,6 +249,8 @@ def _count(state: TrainState, result: StepResult, ids: tuple[str, ...]) -> None:
         counters.bad_in_a_row = 0
         counters.window_nats += result.nats
         counters.window_supervised += result.supervised
+        noted = counters.window_noted
+        counters.window_noted = {name: noted.get(name, 0.0) + value for name, value in result.noted.items()}
     else:
         counters.skipped += 1
         counters.bad_in_a_row += 1
@@ -266,6 +273,8 @@ def _log(state: TrainState, run: Fit, result: StepResult) -> None:
         "grad_norm": result.grad_norm,
         **{f"penalty/{name}": value for name, value in result.penalties.items()},
         **{f"penalty_share/{name}": norm / result.grad_norm for name, norm in result.penalty_norms.items()},
+        **{name: total / counters.window_supervised for name, total in counters.window_noted.items()},
+        **{name: value for hook in run.hooks for name, value in hook.scalars(state).items()},
         "tokens": counters.tokens,
         "supervised_tokens": counters.supervised,
         "epoch": counters.epoch + counters.index / run.loader.steps_in_epoch(counters.epoch),
@@ -277,7 +286,7 @@ def _log(state: TrainState, run: Fit, result: StepResult) -> None:
         values["loss_scale"] = state.precision.scaler.get_scale()
     run.tracker.log(counters.step, "train", {**values, "data_digest": counters.data_digest})
     run.progress.update(counters.step, values)
-    counters.window_nats, counters.window_supervised = 0.0, 0
+    counters.window_nats, counters.window_supervised, counters.window_noted = 0.0, 0, {}
     run.log_time, run.log_tokens = now, 0
 
 

@@ -6,6 +6,8 @@ g is the gradient of the whole global batch, penalties included; the norm is ove
 and B), as in the paper's equation 2 with p = 2. Each of the two gradients draws masks of its own. Clipping and the
 optimizer see the second gradient alone. In the paper's experiments each device moves by its own part
 of the batch: here all ranks move alike, so the result does not depend on their number.
+
+The step notes how much higher the loss is up there, without penalties: sam/rise.
 """
 
 from __future__ import annotations

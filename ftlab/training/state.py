@@ -35,6 +35,7 @@ class Counters:
     supervised: int = 0
     window_nats: float = 0.0  # summed since the last logged line
     window_supervised: int = 0
+    window_noted: dict[str, float] = field(default_factory=dict)
     validated_step: int = -1
     best_step: int = -1
     best_value: float | None = None

@@ -35,6 +35,7 @@ from ftlab.config import (
 )
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.fisher import FILE, FisherFacts, save_fisher
+from ftlab.losses.scalars import collecting
 from ftlab.methods.lora import lora_leaves
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.training.parallel import Ranks
@@ -44,7 +45,7 @@ from tests.helpers.training import collate, gradients, ragged_examples, run_rank
 CONF = Path(__file__).parents[2] / "conf" / "regularizer"
 PROPERTIES = {
     "zero": "a strength of zero is bitwise the run without it",
-    "acts": "a positive strength trains something else, and logs its penalty",
+    "acts": "a positive strength trains something else, and logs what it does",
     "resume": "killed and resumed, a run ends bit for bit where the one that was not ends",
     "evaluation": "evaluation does not know of it",
     "gradients": "every tensor that trains gets a gradient",
@@ -59,7 +60,7 @@ NO_HOLD = "it protects no weights"
 
 @dataclass(frozen=True)
 class Row:
-    """A regularizer by its strength; `logs`: the scalar that it logs; `apart`: why a property does not apply."""
+    """A regularizer by its strength; `logs`: its scalars in the log; `apart`: why a property does not apply."""
 
     of: Callable[[float], RegularizerConfig]
     strength: float
@@ -103,13 +104,17 @@ REGULARIZERS: dict[str, Row] = {
     ),
     "l2": Row(lambda s: RegularizerConfig(l2=L2Config(s)), 0.1, logs="penalty/l2"),
     "ewc": Row(lambda s: RegularizerConfig(ewc=EWCConfig(s, [earlier_run()])), 0.1, PULL, "penalty/ewc"),
-    "label_smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2),
+    "label_smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2, logs="label_smoothing/cost"),
     **{f"dropout: {p}": dropout_at(p) for p in ("embedding", "attention", "residual", "hidden", "head")},
     "stochastic_depth": Row(lambda s: RegularizerConfig(stochastic_depth=s), 0.6, INSIDE),
     "neftune": Row(lambda s: RegularizerConfig(neftune=s), 5.0, INSIDE),
 }
 REGULARIZERS |= {
-    kind: Row(lambda s, kind=kind: RegularizerConfig(average=AverageConfig(kind if s else "none", 0.5, 0.3)), 1.0)  # type: ignore[misc]
+    kind: Row(
+        lambda s, kind=kind: RegularizerConfig(average=AverageConfig(kind if s else "none", 0.5, 0.3)),  # type: ignore[misc]
+        1.0,
+        logs="average/distance average/models",
+    )
     for kind in ("ema", "swa")
 }
 REGULARIZERS["r_drop"] = Row(
@@ -117,16 +122,19 @@ REGULARIZERS["r_drop"] = Row(
     lambda s: RegularizerConfig(r_drop=s, dropout=DropoutConfig(residual=0.1)),
     2.0,
     INSIDE,
+    "r_drop/kl",
     without=lambda: RegularizerConfig(dropout=DropoutConfig(residual=0.1)),
 )
-REGULARIZERS["sam"] = Row(lambda s: RegularizerConfig(sam=s), 0.1)
+REGULARIZERS["sam"] = Row(lambda s: RegularizerConfig(sam=s), 0.1, logs="sam/rise")
 REGULARIZERS["mixout"] = Row(
     lambda s: RegularizerConfig(mixout=s),
     0.5,
     {"recomputed": "validate refuses it with checkpointing", "ranks": DRAWN, "held": NO_HOLD},
     methods=("full",),
 )
-REGULARIZERS["lwf"] = Row(lambda s: RegularizerConfig(lwf=LwFConfig(s)), 2.0, {"held": "it holds what the model says"})
+REGULARIZERS["lwf"] = Row(
+    lambda s: RegularizerConfig(lwf=LwFConfig(s)), 2.0, {"held": "it holds what the model says"}, "lwf/kl"
+)
 REGULARIZERS["replay"] = Row(lambda s: RegularizerConfig(replay=ReplayConfig(s)), 0.4)
 METHODS: dict[str, Callable[[], MethodConfig]] = {
     "full": FullConfig,
@@ -170,12 +178,18 @@ def objective(built: build.Built) -> Tensor:
     return built.objective(built.model, collate(ragged_examples(8), 8)[0])
 
 
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """What regularizers put into a line of the log."""
+    return {key: value for key, value in line.items() if "/" in key and not key.startswith("penalty_share/")}
+
+
 @every("zero")
 def test_zero_strength_is_bitwise_the_run_without_it(tmp_path: Path, name: str, method: str) -> None:
     without = train(tmp_path / "without", METHODS[method](), REGULARIZERS[name].without())
     zero = train(tmp_path / "zero", METHODS[method](), REGULARIZERS[name].of(0.0))
     assert_same_weights(zero, without)
     assert zero["losses"] == without["losses"]
+    assert scalars(zero["lines"][-1]) == {}
 
 
 @every("acts")
@@ -184,8 +198,7 @@ def test_a_positive_strength_trains_something_else(tmp_path: Path, name: str, me
     without = train(tmp_path / "without", METHODS[method](), row.without())
     some = train(tmp_path / "some", METHODS[method](), row.of(row.strength))
     assert any(not torch.equal(some["weights"][key], tensor) for key, tensor in without["weights"].items())
-    logged = {key for key in some["lines"][-1] if key.startswith("penalty/")}
-    assert logged == ({row.logs} if row.logs else set())
+    assert scalars(some["lines"][-1]).keys() == set(row.logs.split())
 
 
 @every("resume")
@@ -198,6 +211,8 @@ def test_killed_and_resumed_it_ends_where_it_would_have_ended(tmp_path: Path, na
         later = train(folder, METHODS[method](), row.of(row.strength), resume=True)
         assert_same_weights(later, whole)
         assert later["losses"] == {step: whole["losses"][step] for step in later["losses"]}
+        rest = whole["lines"][-len(later["lines"]) :]
+        assert [scalars(line) for line in later["lines"]] == [scalars(line) for line in rest]
 
 
 @every("evaluation")
@@ -227,16 +242,19 @@ def test_evaluation_does_not_know_of_it(name: str, method: str) -> None:
 def test_recomputed_activations_are_the_first_ones_again(name: str, method: str) -> None:
     row = REGULARIZERS[name]
 
-    def step(checkpointing: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def step(checkpointing: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        noted: dict[str, Tensor] = {}
         _, built = made(METHODS[method](), row.of(row.strength), checkpointing=checkpointing)
         with torch.no_grad():
             for key, parameter in built.model.named_parameters():
                 if "lora_B" in key:
                     parameter.normal_(generator=torch.Generator().manual_seed(1))
-        objective(built).backward()
-        return gradients(built.model), torch.get_rng_state()
+        with collecting(noted):  # of both passes: what is computed again must not be noted again
+            objective(built).backward()
+        return gradients(built.model), torch.get_rng_state(), noted
 
-    (plain, rng), (again, rng_again) = step(False), step(True)
+    (plain, rng, noted), (again, rng_again, noted_again) = step(False), step(True)
+    assert noted == noted_again
     assert plain.keys() == again.keys()
     assert all(torch.equal(again[key], gradient) for key, gradient in plain.items())
     assert torch.equal(rng, rng_again)
@@ -256,12 +274,13 @@ def on_a_rank(ranks: Ranks, folder: Path) -> None:
         row = REGULARIZERS[name]
         place = folder / f"{name}-{method}-{ranks.rank}".replace(": ", "-")
         run = train(place, STILL[method](), row.of(row.strength), ranks=ranks)
-        torch.save(run["weights"], folder / f"{name}-{method}-{ranks.rank}.pt")
+        run = {"weights": run["weights"], "scalars": scalars(run["lines"][-1])}
+        torch.save(run, folder / f"{name}-{method}-{ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of every run on two ranks, from one pair of processes."""
+    """The weights and scalars of every run on two ranks, from one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(on_a_rank, folder, folder, timeout_seconds=300)
     return folder
@@ -270,9 +289,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @every("ranks")
 def test_two_ranks_end_where_one_does(tmp_path: Path, two_ranks: Path, name: str, method: str) -> None:
     row = REGULARIZERS[name]
-    alone = train(tmp_path, STILL[method](), row.of(row.strength))["weights"]
+    run = train(tmp_path, STILL[method](), row.of(row.strength))
+    alone, logged = run["weights"], scalars(run["lines"][-1])
     for rank in (0, 1):
-        found = torch.load(two_ranks / f"{name}-{method}-{rank}.pt", weights_only=True)
+        saved = torch.load(two_ranks / f"{name}-{method}-{rank}.pt", weights_only=True)
+        assert saved["scalars"] == pytest.approx(logged, rel=1e-2, abs=1e-4)
+        found = saved["weights"]
         assert found.keys() == alone.keys()
         for key, weight in alone.items():
             torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-4, msg=key)

@@ -14,7 +14,7 @@ import pytest
 
 from ftlab.errors import FtlabError
 from ftlab.evaluation.metrics import score
-from ftlab.studies.curves import Curve, Panel, draw
+from ftlab.studies.curves import Curve, Panel, draw, panels_of
 from ftlab.studies.report import main, write_report
 from ftlab.studies.runs import Answer, read_run
 
@@ -239,6 +239,20 @@ def test_samples_are_half_right_and_half_wrong_where_possible(tmp_path: Path) ->
     source = write_report(few).read_text("utf-8")
     assert source.count('class="sample right"') == 1
     assert source.count('class="sample wrong"') == 6
+
+
+def test_what_regularizers_log_is_drawn(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    titles = [panel.title for panel in panels_of(read_run(run_dir))]
+    values = {"penalty_share/l2_sp": 0.1, "sam/rise": 0.2, "average/distance": 0.3, "average/models": 2.0}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 501, "split": "train", **values}) + "\n")
+    panels = {panel.title: panel for panel in panels_of(read_run(run_dir))}
+    assert {name: [c.name for c in panel.curves] for name, panel in panels.items() if name not in titles} == {
+        "Gradient of the penalties, share of the whole": ["l2_sp"],
+        "Regularizers, values in the loss (nats per supervised token)": ["sam/rise"],
+        "Distance of the average from the weights": ["distance"],
+    }
 
 
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:

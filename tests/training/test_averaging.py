@@ -63,6 +63,23 @@ def test_swa_is_the_mean_of_its_samples(tmp_path: Path) -> None:
     assert_average(state.trainable(), path, [1 / 3 if step in (2, 5, 8) else 0 for step in range(1, 9)])
 
 
+def test_the_distance_and_the_number_of_samples_are_logged(tmp_path: Path) -> None:
+    state, run, _, path = averaged(tmp_path, AverageConfig("swa", start=0.25, every=2))
+    fit(state, run)
+    lines = [line for line in run.tracker.lines if line["split"] == "train"]  # type: ignore[attr-defined]
+    assert not any(key.startswith("average/") for key in lines[0])
+    for line in lines[1:]:
+        samples = [path[step - 1] for step in (2, 4, 6, 8) if step <= line["step"]]
+        assert line["average/models"] == len(samples)
+        away = [
+            (weight - torch.stack([sample[name] for sample in samples]).mean(0)).flatten()
+            for name, weight in path[line["step"] - 1].items()
+        ]
+        assert line["average/distance"] == pytest.approx(float(torch.cat(away).norm()), rel=1e-4, abs=1e-6)
+    assert lines[1]["average/distance"] == 0
+    assert lines[2]["average/distance"] > 0
+
+
 def test_validation_sees_the_average_once_there_is_one_and_training_never(tmp_path: Path) -> None:
     seen: dict[int, Weights] = {}
 

@@ -13,6 +13,7 @@ import torch
 from ftlab.config import CheckpointConfig, PrecisionConfig
 from ftlab.errors import DivergenceError, FtlabError
 from ftlab.losses.penalties import Penalty
+from ftlab.losses.scalars import note
 from ftlab.training.loop import fit, train_step, validation_steps
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
@@ -204,6 +205,55 @@ def test_the_share_of_a_penaltys_gradient(tmp_path: Path) -> None:
     state, _ = lora_fit(tmp_path / "first", total_steps=3, dropout=0.0)
     expected = 2 * 0.3 * torch.nn.utils.get_total_norm(list(state.trainable().values()))
     assert often[0]["penalty_share/squares"] * often[0]["grad_norm"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def noting(folder: Path, seen: list[Any]) -> tuple[Any, Any]:
+    """A run with a line every three steps, whose objective notes twice its loss."""
+
+    def objective(model: Any, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = loss_sum(model, batch)
+        note("test/twice", 2 * loss)
+        return loss
+
+    state, run = lora_fit(folder, total_steps=6, on_step=lambda step, result, ids: seen.append(result))
+    run.replica = Replica(run.replica.model, objective, Ranks())
+    run.limits = type(run.limits)(6, frozenset(), 3, 5, 1.0)
+    run.checkpoint = CheckpointConfig(every_steps=1, every_minutes=None)
+    return state, run
+
+
+def test_what_is_noted_is_logged_as_the_loss_is_also_after_a_resume(tmp_path: Path) -> None:
+    """Killed in the middle of a window, the line at its end is the same."""
+    seen: list[Any] = []
+    whole, run = noting(tmp_path / "whole", seen)
+    fit(whole, run)
+    lines = [line for line in run.tracker.lines if line["split"] == "train"]
+    assert [line["step"] for line in lines] == [3, 6]
+    for line, window in zip(lines, (seen[:3], seen[3:]), strict=True):
+        total = sum(result.noted["test/twice"] for result in window)
+        assert line["test/twice"] == pytest.approx(total / sum(result.supervised for result in window))
+        assert line["test/twice"] == pytest.approx(2 * line["loss"])
+    half, run = noting(tmp_path / "half", [])
+    run.on_step = lambda step, result, ids: setattr(run.stop, "received", signal.SIGTERM if step == 4 else None)
+    with pytest.raises(Interrupted):
+        fit(half, run)
+    later, run = noting(tmp_path / "half", [])
+    later.load_state_dict(run.checkpoints.newest(), 0, 1)
+    fit(later, run)
+    (line,) = [line for line in run.tracker.lines if line["split"] == "train"]
+    assert line["test/twice"] == lines[1]["test/twice"]
+
+
+def test_a_skipped_step_counts_in_no_scalar(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    state, run = noting(tmp_path, seen)
+    one_micro_batch_a_step(run)
+    poison_steps(run, {1})
+    fit(state, run)
+    first = next(line for line in run.tracker.lines if line["split"] == "train")
+    kept = [seen[0], seen[2]]
+    total = sum(result.noted["test/twice"] for result in kept)
+    assert first["test/twice"] == pytest.approx(total / sum(result.supervised for result in kept))
 
 
 class SumOfSquares(Penalty):

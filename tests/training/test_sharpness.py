@@ -49,12 +49,19 @@ def gradient_at(parameters: list[Tensor], model: LlamaForCausalLM) -> tuple[Tens
 
 
 def by_hand() -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradient that the step follows."""
+    loss, _, second = climbed_by_hand()
+    return loss, second
+
+
+def climbed_by_hand() -> tuple[float, float, dict[str, Tensor]]:
+    """The loss here and up there, and the gradient up there."""
     model = tiny_llama()
     start = [parameter.detach().clone() for parameter in model.parameters()]
     loss, first = gradient_at(start, model)
     norm = torch.cat([gradient.flatten() for gradient in first]).norm()
-    _, second = gradient_at([w + RHO * g / norm for w, g in zip(start, first, strict=True)], model)
-    return float(loss), dict(zip(dict(model.named_parameters()), second, strict=True))
+    above, second = gradient_at([w + RHO * g / norm for w, g in zip(start, first, strict=True)], model)
+    return float(loss), float(above), dict(zip(dict(model.named_parameters()), second, strict=True))
 
 
 @pytest.mark.parametrize("micro", [1, 3, 8])
@@ -68,6 +75,27 @@ def test_the_gradient_is_that_of_the_climbed_weights(micro: int) -> None:
         assert torch.equal(own, before)
     plain = sam_step(micro, climb=None)[1].seen
     assert any(not torch.allclose(plain[name], gradient, rtol=1e-3) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("micro", [1, 4, 8])
+def test_the_rise_is_noted(micro: int) -> None:
+    _, _, result = sam_step(micro)
+    below, above, _ = climbed_by_hand()
+    assert above - below > 0.01
+    assert result.noted == {"sam/rise": pytest.approx((above - below) * result.supervised, rel=1e-3)}
+    assert sam_step(micro, climb=None)[2].noted == {}
+
+
+def test_what_an_objective_notes_is_of_the_weights_before_they_climb() -> None:
+    smoothed = functools.partial(loss_sum, smoothing=0.2)
+    batches = collate(ragged_examples(8), 4)
+    model = tiny_llama()
+    with torch.no_grad():
+        cost = sum(float(smoothed(model, batch) - loss_sum(model, batch)) for batch in batches)
+    climb = functools.partial(climbed, rho=RHO)
+    result = train_step(Replica(model, smoothed, Ranks()), KeepGradients(model), batches, precision=FP32, climb=climb)
+    assert result.noted.keys() == {"label_smoothing/cost", "sam/rise"}
+    assert result.noted["label_smoothing/cost"] == pytest.approx(cost, rel=1e-3)
 
 
 def test_clipping_is_of_the_second_gradient() -> None:
@@ -114,7 +142,9 @@ def test_the_weights_come_back_after_an_error() -> None:
 
 
 def compare_ranks(ranks: Ranks) -> None:
-    _, optimizer, _ = sam_step(2, ranks=ranks)
+    _, optimizer, result = sam_step(2, ranks=ranks)
+    below, above, _ = climbed_by_hand()
+    assert result.noted["sam/rise"] == pytest.approx((above - below) * result.supervised, rel=1e-3)
     for name, gradient in by_hand()[1].items():
         torch.testing.assert_close(optimizer.seen[name], gradient, rtol=1e-4, atol=1e-5)
 
