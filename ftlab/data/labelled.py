@@ -65,6 +65,10 @@ def load_labelled(config: LabelledDataConfig) -> tuple[Splits, SourceInfo, Label
         from ftlab.data.sources.privacy_policy import load_privacy_policy
 
         splits, info = load_privacy_policy(config)
+    elif config.source == "icd10_chapter":
+        from ftlab.data.sources.icd10_chapter import load_icd10_chapter
+
+        splits, info = load_icd10_chapter(config)
     else:
         from ftlab.data.sources.labelled_files import load_labelled_files
 
