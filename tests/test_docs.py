@@ -221,6 +221,8 @@ FETCHED = (  # labelled sources that are downloaded: topics stand for them
     "data=hpo_organ",
     "data=privacy_policy",
     "data=icd10_chapter",
+    "data=home_intents",
+    "data=home_intents_zh",
 )
 SWEPT_VALUES = 2  # values that are kept of the first swept key; of further keys the first alone
 
@@ -277,7 +279,9 @@ def execute(words: list[str]) -> int | None:
     what, arguments = split_command(words)
     if words[0] == "torchrun" or what not in ("train", "data", *SETTINGS):
         return None
-    if what != "train" and any(word.startswith(("hpo", "privacy", "icd10", "pypi:", "hf:")) for word in arguments):
+    if what != "train" and any(
+        word.startswith(("hpo", "privacy", "icd10", "home_", "pypi:", "hf:")) for word in arguments
+    ):
         return None
     if what == "train" and not any(word.startswith("-") for word in arguments):
         return int(importlib.import_module("ftlab.session").train(*compose(small(arguments))))  # as the command does

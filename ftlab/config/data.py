@@ -15,7 +15,7 @@ __all__ = [
     "makes_classifier",
 ]
 
-LABELLED_SOURCES = ("hpo_organ", "privacy_policy", "icd10_chapter")  # besides files
+LABELLED_SOURCES = ("hpo_organ", "privacy_policy", "icd10_chapter", "home_intents")  # besides files
 
 
 @dataclass

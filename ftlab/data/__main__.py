@@ -24,6 +24,8 @@ from ftlab.config import (
 from ftlab.data.inspection import inspect_labelled, inspect_records
 from ftlab.data.records import Record, load_records
 from ftlab.data.sources.files import read_records
+from ftlab.data.sources.home_intents import CARD as HOME_CARD
+from ftlab.data.sources.home_intents import HOME_LOCATIONS
 from ftlab.data.sources.hpo import CARD, HPO_LOCATION
 from ftlab.data.sources.icd10_chapter import CARD as ICD_CARD
 from ftlab.data.sources.icd10_chapter import ICD_LOCATION
@@ -41,6 +43,8 @@ OPTIONS = {
     "hpo_organ": "Human Phenotype Ontology: definition to organ system, with labels (10,580 texts, 18 MB to fetch)",
     "privacy_policy": "clauses of privacy policies with questions, True or False (10,919 records, 20 MB to fetch)",
     "icd10_chapter": "descriptions of ICD-10-CM codes with their chapter (46,138 records, 1 MB to fetch)",
+    "home_intents": "commands to a smart home with their intent, English (4,271 sentences, 1 MB to fetch)",
+    "home_intents_zh": "the same in Chinese (3,273 sentences, 1 MB to fetch)",
     "topics": "sentences with a topic as label that come with ftlab, no download",
     "labelled": "your own JSONL or CSV with labels: give the file's path and --labels",
     "capitals": "questions about capitals that come with ftlab: for trying things out, no download",
@@ -75,10 +79,13 @@ Clauses of privacy policies with questions that they answer by True or False: 10
 PUBLISHED = {  # labelled data option: its source and location
     "privacy_policy": ("privacy_policy", PRIVACY_LOCATION),
     "icd10_chapter": ("icd10_chapter", ICD_LOCATION),
+    **{name: ("home_intents", location) for name, location in HOME_LOCATIONS.items()},
 }
 CARDS = {
     "privacy_policy": PRIVACY_CARD,
     "icd10_chapter": ICD_CARD,
+    "home_intents": HOME_CARD,
+    "home_intents_zh": HOME_CARD,
     "topics": TOPICS_CARD,
     "hpo_organ": CARD,
     "hpo": CARD,

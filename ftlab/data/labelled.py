@@ -69,6 +69,10 @@ def load_labelled(config: LabelledDataConfig) -> tuple[Splits, SourceInfo, Label
         from ftlab.data.sources.icd10_chapter import load_icd10_chapter
 
         splits, info = load_icd10_chapter(config)
+    elif config.source == "home_intents":
+        from ftlab.data.sources.home_intents import load_home_intents
+
+        splits, info = load_home_intents(config)
     else:
         from ftlab.data.sources.labelled_files import load_labelled_files
 
