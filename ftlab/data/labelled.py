@@ -6,6 +6,7 @@ Shapes: E texts of a batch, T positions, C labels.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -67,23 +68,12 @@ def labelled_record(id: str, text: str, pair: str | None, label: Label, group: s
 
 def load_labelled(config: LabelledDataConfig) -> tuple[Splits, SourceInfo, LabelSet]:
     """Read, split, take few shots, and limit. The labels are those of all training records, before shots and limits."""
-    # The sources build the types above, so they are imported when one is needed.
-    if config.source == "hpo_organ":
-        from ftlab.data.sources.hpo_organ import load_hpo_organ
-
-        splits, info = load_hpo_organ(config)
-    elif config.source == "privacy_policy":
-        from ftlab.data.sources.privacy_policy import load_privacy_policy
-
-        splits, info = load_privacy_policy(config)
-    elif config.source == "spam_assassin":
-        from ftlab.data.sources.spam_assassin import load_spam_assassin
-
-        splits, info = load_spam_assassin(config)
-    else:
-        from ftlab.data.sources.labelled_files import load_labelled_files
-
-        splits, info = load_labelled_files(config)
+    # The sources build the types above, so one is imported when it is needed.
+    name = "labelled_files" if config.source == "files" else config.source
+    load = getattr(importlib.import_module(f"ftlab.data.sources.{name}"), f"load_{name}")
+    splits: Splits
+    info: SourceInfo
+    splits, info = load(config)
     splits, notes = without_rare(splits, config.min_per_label)
     info = replace(info, notes=(*info.notes, *notes))
     labels = LabelSet.of(config.labels, [_labelled(record).label for record in splits.train])
