@@ -24,7 +24,7 @@ from ftlab.config import (
 )
 from ftlab.errors import FtlabError
 from ftlab.losses.cross_entropy import supervised_cross_entropy
-from ftlab.losses.penalties import L2SP, Penalty, build_penalties
+from ftlab.losses.penalties import Penalty, build_penalties
 from ftlab.methods import Method, make_method
 from ftlab.methods.lora import lora_leaves
 from ftlab.methods.nf4 import NF4Weight
@@ -220,7 +220,8 @@ def test_a_huge_strength_pulls_the_weights_back(name: str, strength: float) -> N
     """
     run = applied(name)
     base = pretrained(name)
-    penalty = L2SP(run.model, strength)
+    penalties = build_penalties(RegularizerConfig(l2_sp=L2SPConfig(strength=strength)), run.model)
+    assert len(penalties) == (strength > 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in trainable_parameters(run.model).items():
@@ -234,7 +235,7 @@ def test_a_huge_strength_pulls_the_weights_back(name: str, strength: float) -> N
     run.model.eval()
     for _ in range(100):
         optimizer.zero_grad()
-        (run.loss() + penalty.value(run.model)).backward()
+        sum((penalty.value(run.model) for penalty in penalties), run.loss()).backward()
         optimizer.step()
     run.method.merge(run.model)
     state, start = run.method.merged(run.model).state_dict(), base.state_dict()
