@@ -99,7 +99,11 @@ def test_an_experiment_in_an_experiment_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_composes_and_validates(name: str) -> None:
+def test_an_experiment_composes_and_validates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the earlier run lies that one of them goes on from
+    for file in ("adapter/adapter_config.json", "run.json", "config.yaml", "fisher.safetensors"):
+        Path("runs/medical", file).parent.mkdir(parents=True, exist_ok=True)
+        Path("runs/medical", file).write_text("{}")
     config, resolved = compose([f"+experiment={name}"])
     assert config.name == name
     assert resolved["name"] == name
