@@ -5,6 +5,8 @@
     python scripts/study.py [few_shot ...]               write the pages of the records anew; without names, all
     python scripts/study.py --check                      exit 1 if a page is not what its record gives
 
+Besides its own page a record gives the sentences between `<!-- study:NAME:ROW -->` and `<!-- /study -->` in others.
+
 What a study compares stands in scripts/study_definitions.py. Each row is tried with its settings on one seed that is
 used for nothing else; the setting with the lowest validation loss is taken, and only that one runs with the other seeds
 and is quoted. Where the best setting is at the edge of those tried, the next one beyond is tried too. A seed chooses
@@ -21,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -42,6 +45,7 @@ from ftlab.files import atomic_write  # noqa: E402
 
 __all__ = ["Runs", "choose", "interval", "main", "page", "study"]
 
+BLOCK = re.compile(r"(<!-- study:(?P<name>\w+):(?P<row>[^>]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 # Two-sided 95 % quantile of Student's t by degrees of freedom: few seeds, so the normal one would be too narrow.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -263,9 +267,40 @@ def page_file(name: str) -> Path:
     return RESULTS / f"{name.replace('_', '-')}.md"
 
 
+def sentence(name: str, row_name: str, folder: str) -> str:
+    """What a study measured of one row, for that technique's page. folder: of the results, as the page names it."""
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        return f"Not measured yet: there is no record of `scripts/study.py {name}`.\n"
+    record, plan = json.loads(file.read_text("utf-8")), STUDIES[name]
+    main_score, _, loss = plan.scores
+    parts = []
+    for group, _ in plan.groups:
+        rows = [row for row in record["rows"] if row["group"] == group]
+        row = next(row for row in rows if row["name"] == row_name)
+        own, first = ([[run["scores"][key] for run in r["runs"]] for key in (main_score, loss)] for r in (row, rows[0]))
+        against = f" ({rows[0]['name']}: {spread(first[0])} and {spread(first[1], 2)})" if row is not rows[0] else ""
+        words = f"{main_score.replace('_', ' ')} {spread(own[0])} %, test loss {spread(own[1], 2)}"
+        parts.append(f"{group}: {words}{against}")
+    text = f"Measured, mean ± standard deviation of {len(SEEDS)} seeds. {'; '.join(parts)}. {plan.subject}: "
+    link = f"[all rows]({folder}/{page_file(name).name})."
+    return "\n".join(textwrap.wrap(text + link, 118, break_long_words=False, break_on_hyphens=False)) + "\n"
+
+
+def rewrite(text: str, folder: str) -> str:
+    """A page with the sentences of its studies made anew."""
+    return BLOCK.sub(lambda found: f"{found[1]}{sentence(found['name'], found['row'], folder)}{found[4]}", text)
+
+
 def write_pages(names: Sequence[str], check: bool) -> bool:
     """Write the pages of the records that exist; with `check` only compare. Says whether all are current."""
     current = True
+    for target in sorted((ROOT / "docs").rglob("*.md")):
+        old = target.read_text("utf-8")
+        text = rewrite(old, os.path.relpath(RESULTS, target.parent))
+        current &= not check or text == old
+        if text != old and not check:
+            atomic_write(target, text)
     for name in names:
         file = RESULTS / f"{name}.json"
         if not file.is_file():

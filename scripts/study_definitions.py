@@ -32,6 +32,7 @@ class Study:
     """Runs that share `common`. Each group of entries is a table; its first row is what the others are held against."""
 
     title: str
+    subject: str  # in a few words, for the pages of what it measures
     text: tuple[str, ...]
     common: tuple[str, ...]
     entries: tuple[Entry, ...]
@@ -68,6 +69,7 @@ WEIGHT_RATES = _rates("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 EIGHT = "8 labels a class"
 FEW_SHOT = Study(
     title="Eight labels a class: what trains",
+    subject="MiniLM, definition to organ system",
     text=(
         "all-MiniLM-L6-v2 learns the organ system of a clinical term from its definition: 21 classes of the Human",
         "Phenotype Ontology, 8 labelled definitions a class, 5 epochs (30 steps), scored on 1000 others.",
@@ -131,6 +133,7 @@ def _held(group: str) -> tuple[Entry, ...]:
 
 L2_SP = Study(
     title="L2-SP and weight decay, by the number of labels",
+    subject="MiniLM, all weights, definition to organ system",
     text=(
         "All weights of all-MiniLM-L6-v2 learn the organ system of a clinical term from its definition (21 classes,",
         "scored on 1000 texts). At each number of labels the learning rate is chosen without a penalty and kept.",
@@ -146,6 +149,7 @@ L2_SP = Study(
 TERM = "60 rows of 512 tokens"
 GENERATION = Study(
     title="What trains, in generation",
+    subject="SmolLM2, lay phrase to clinical term, 60 steps",
     text=(
         "SmolLM2-135M-Instruct learns to give the clinical term of a layperson's phrase: 60 steps of one row of 512",
         "tokens each, scored by greedy answers to 300 held-out phrases.",
@@ -189,6 +193,7 @@ DROPOUT_GROUPS = (
 )
 DROPOUT = Study(
     title="Dropout, by the size of the data and the task",
+    subject="MiniLM, all weights, 60 steps",
     text=(
         "All weights of all-MiniLM-L6-v2 train for 60 steps at the learning rate 3e-4, with dropout of the same p in",
         "attention, in the blocks and before the new head. Organ systems of clinical definitions (21 classes, 32 texts",

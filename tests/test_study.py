@@ -105,7 +105,9 @@ def plan(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
         study.Entry("g", "BitFit", ("method=bitfit",), rates, 0),
         study.Entry("g", "same rate", ("method=full",), rate_of="BitFit"),
     )
-    made = study.Study("T", ("Text.",), ("model=minilm",), entries, ("accuracy", "macro_f1", "loss"), (("g", ()),))
+    made = study.Study(
+        "T", "toy task", ("Text.",), ("model=minilm",), entries, ("accuracy", "macro_f1", "loss"), (("g", ()),)
+    )
     monkeypatch.setitem(study.STUDIES, "toy", made)
     return made
 
@@ -144,6 +146,22 @@ def test_the_page_pairs_by_seed_and_says_what_did_not_help(
     assert "interval of accuracy: better: BitFit. no different as far as these seeds can tell: same rate." in text
     assert "interval of test loss: worse: BitFit. no different" in text, "a lower loss is better"
     assert "`optimizer.lr=3e-4` [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]" in text
+
+
+def test_pages_of_techniques_quote_their_row(
+    study: ModuleType, plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    marked = "# Page\n\n<!-- study:toy:BitFit -->\nold\n<!-- /study -->\nrest\n"
+    assert "Not measured yet" in study.rewrite(marked, "../results")
+    monkeypatch.setattr(study.subprocess, "run", Faked("3e-4"))
+    (tmp_path / "toy.json").write_text(json.dumps(study.study("toy", study.Runs(tmp_path / "work", 1))))
+    text = study.rewrite(marked, "../results")
+    words = " ".join(text.split())
+    assert "g: accuracy 57.2 ± 1.6 %, test loss 57.20 ± 1.60 (full: 52.0 ± 1.6 and 52.00 ± 1.58)." in words
+    assert "toy task: [all rows](../results/toy.md). <!-- /study --> rest" in words
+    assert "old" not in text
+    assert study.rewrite(text, "../results") == text
 
 
 def test_a_failed_run_stops_the_study_with_its_words(
