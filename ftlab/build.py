@@ -73,7 +73,6 @@ __all__ = [
     "build_training",
     "causal",
     "check_lengths",
-    "climb_of",
     "export_folder",
     "fingerprints",
     "loss_sum_of",
@@ -110,6 +109,7 @@ class Built:
     optimizer: torch.optim.Optimizer
     cache: ActivationCache | None
     objective: LossSum
+    climb: Climb | None  # where the step's gradient is taken, if not where the weights stand
     kernels: str  # a line that says who computes between the matrix products
 
 
@@ -227,7 +227,7 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
             block.compile(dynamic=not config.data.pad_rows)
     rows = [*table.rows(model), *quantised_rows(model)]
     objective = _objective(config, model, cache)
-    return Built(model, method, rows, precision, penalties, optimizer, cache, objective, kernels)
+    return Built(model, method, rows, precision, penalties, optimizer, cache, objective, _climb(config), kernels)
 
 
 def _disturb(model: AnyModel, noise: Noise) -> None:
@@ -250,8 +250,7 @@ def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
     return hooks
 
 
-def climb_of(config: Config) -> Climb | None:
-    """Where the step's gradient is taken, if not where the weights stand."""
+def _climb(config: Config) -> Climb | None:
     rho = config.regularizer.sam
     return functools.partial(climbed, rho=rho) if rho > 0 else None
 

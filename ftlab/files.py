@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,9 +38,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     A reader sees the old content or the new, never a part, also after a power cut. The parent folder must exist. An
     existing file keeps its permission bits. On any error the old file is untouched and no temporary file is left.
+    Several writers, on hosts that share a folder too, do not meet: each has a name of its own, and the last one wins.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
         mode = stat.S_IMODE(target.stat().st_mode)
     except FileNotFoundError:

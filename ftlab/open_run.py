@@ -84,8 +84,9 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, adapter: 
     adapter: a folder of ftlab's or PEFT's, whose adapter the pretrained model gets in place of what the run trained.
     """
     config, record = read_config(run_dir)
-    settle_math()
-    ranks = ranks or Ranks()
+    if ranks is None:  # who joins ranks has settled it
+        settle_math()
+        ranks = Ranks()
     tokenizer = build.build_tokenizer(config)
     labels = LabelSet.from_dict(record["labels"]) if record.get("labels") else None
     model, method = build.build_base(config, tokenizer, ranks, labels)

@@ -1,14 +1,22 @@
-"""Entries PATTERN:FACTOR of a configuration: a number for the parameters whose names a regular expression matches."""
+"""Entries PATTERN:NUMBER of a configuration: a number for what has a name that a regular expression matches."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Sequence
 
 from ftlab.errors import ConfigError
 
-__all__ = ["pattern_and_factor"]
+__all__ = ["pattern_and_factor", "pattern_numbers"]
 
 _NUMBER = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?")
+_START = r"(?:.*\.)?"  # PATTERN matches whole parts of a name, so whatever stands before the first is free
+_MAX_RANK = 1024
+_FITS: dict[str, Callable[[float], bool]] = {
+    "ranks": lambda number: 1 <= number <= _MAX_RANK and number.is_integer(),
+    "alphas": lambda number: number > 0,
+}
 
 
 def pattern_and_factor(key: str, entry: str) -> tuple[str, float]:
@@ -16,13 +24,27 @@ def pattern_and_factor(key: str, entry: str) -> tuple[str, float]:
 
     PATTERN matches one or more whole parts of the name, such as q_proj or layers.0. Errors: ConfigError naming `key`.
     """
-    pattern, _, number = entry.rpartition(":")
-    factor = float(number) if _NUMBER.fullmatch(number) else -1.0
-    if not pattern or not 0 <= factor < float("inf"):
-        raise ConfigError(f"{key}: {entry!r} is not PATTERN:FACTOR; give for example '{key}=[q_proj:0.5,layers.0:0]'")
-    whole = rf"(?:.*\.)?(?:{pattern})(?:\..*)?"
+    pattern, factor = _parsed(key, entry, "PATTERN:FACTOR", "q_proj:0.5,layers.0:0", lambda number: True)
+    return rf"{_START}(?:{pattern})(?:\..*)?", factor
+
+
+def pattern_numbers(key: str, entries: Sequence[str]) -> dict[str, float]:
+    """method.ranks (`key` ranks; whole numbers of 1 to 1024) or method.alphas (above 0) by PATTERN, in order.
+
+    PATTERN matches a layer's whole name or its last parts. Errors: ConfigError naming the key.
+    """
+    example = "q_proj:8" if key == "ranks" else "q_proj:16"
+    return dict(_parsed(f"method.{key}", entry, "PATTERN:NUMBER", example, _FITS[key]) for entry in entries)
+
+
+def _parsed(key: str, entry: str, form: str, example: str, fits: Callable[[float], bool]) -> tuple[str, float]:
+    """PATTERN and NUMBER as they stand; the number is finite, not negative, and fits."""
+    pattern, _, digits = entry.rpartition(":")
+    number = float(digits) if _NUMBER.fullmatch(digits) else math.nan
+    if not pattern or not math.isfinite(number) or not fits(number):
+        raise ConfigError(f"{key}: {entry!r} is not {form}; give for example '{key}=[{example}]'")
     try:
-        re.compile(whole)
+        re.compile(rf"{_START}(?:{pattern})")
     except re.error as error:
         raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
-    return whole, factor
+    return pattern, number

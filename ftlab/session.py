@@ -368,7 +368,7 @@ class _Session:
             batch = loader.largest_batch()
             measured = preflight(replica, batch, built.precision)
         micro = -(-self.config.data.batch_size // (self.config.data.micro_batch_size * self.ranks.world))
-        gradients = 1 if build.climb_of(self.config) is None else 2
+        gradients = 1 if built.climb is None else 2
         seconds = measured.seconds * gradients * micro * steps
         self.record.update(
             preflight={**measured.as_dict(), "steps": steps, "estimated_seconds": round(seconds, 1)},
@@ -426,7 +426,7 @@ class _Session:
             stop=self.stop,
             micro_batch_size=config.data.micro_batch_size,
             hooks=build.build_hooks(config, built.method, steps),
-            climb=build.climb_of(config),
+            climb=built.climb,
         )
 
     def _fit(self, run: Fit, state: TrainState, built: build.Built, measurer: Measures, data: build.DataSet) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -30,7 +29,7 @@ from ftlab.config import (
     makes_classifier,
 )
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.patterns import pattern_and_factor
+from ftlab.patterns import pattern_and_factor, pattern_numbers
 from ftlab.schema import suggestion
 
 __all__ = ["GENERATION_METRICS", "LABEL_METRICS", "LOSS_METRICS", "TEMPLATES", "validate"]
@@ -282,13 +281,8 @@ def check_variants(method: LoRAConfig) -> None:
             f"method.start_from: {method.start_from} is not an adapter's folder: it has no adapter_config.json; give "
             "one that PEFT wrote, or adapter/ of a run"
         )
-    for key, number in (("ranks", r"\d+"), ("alphas", r"\d+(\.\d*)?|\.\d+")):
-        for entry in getattr(method, key):
-            pattern, _, value = entry.rpartition(":")
-            if not pattern or not re.fullmatch(number, value) or float(value) == 0:
-                raise ConfigError(
-                    f"method.{key}: {entry!r} is not PATTERN:NUMBER; give for example 'method.{key}=[q_proj:8]'"
-                )
+    for key in ("ranks", "alphas"):
+        pattern_numbers(key, getattr(method, key))
 
 
 def check_quantised(config: Config, method: LoRAConfig) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlab.files import atomic_directory, atomic_write, sha256_bytes, sha256_file
+from ftlab.files import atomic_directory, atomic_path, atomic_write, sha256_bytes, sha256_file
 
 
 def names(folder: Path) -> list[str]:
@@ -106,3 +106,15 @@ def test_files_in_a_folder_get_ordinary_permissions(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "folder") as folder:
         (folder / "private").touch(mode=0o600)
     assert (tmp_path / "folder" / "private").stat().st_mode == plain.stat().st_mode
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two hosts that share a folder two processes may have the same id."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / "a.txt"
+    with atomic_path(path) as one, atomic_path(path) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"  # whose block ended last
+    assert names(tmp_path) == ["a.txt"]

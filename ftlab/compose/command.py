@@ -156,7 +156,7 @@ def groups_text(composer: Composer, composed: DictConfig) -> str:
             mark = "*" if chosen.get(group) == option else " "
             file = composer.find(f"{group}/{option}")
             about = next((line for line in comments(file) if "@package" not in line), "") if file else ""
-            lines.append(f"  {group if number == 0 else '':<12}{mark} {option:<25}{about}".rstrip())
+            lines.append(f"  {group if number == 0 else '':<12}{mark} {option:<21} {about}".rstrip())
     return "\n".join(lines).replace("$", "$$")
 
 

@@ -34,6 +34,7 @@ from ftlab.methods.rules import adapter_table
 from ftlab.methods.trainable import ParameterRow, TrainableTable
 from ftlab.models.heads import fresh_layers, fresh_parameters
 from ftlab.operators import TORCH
+from ftlab.patterns import pattern_numbers
 
 __all__ = ["LoRA", "apply_lora", "lora_leaves", "quantised_rows"]
 
@@ -155,7 +156,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int) -> list[str]:
         raise FtlabError("the model has LoRA adapters already; a second set on top would train in place of the first")
     names = _matched(model, config.targets)
     for key in ("ranks", "alphas"):
-        _refuse_idle(key, pattern_numbers(config, key), names)
+        _refuse_idle(key, pattern_numbers(key, getattr(config, key)), names)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         base = model.get_submodule(name)
@@ -195,28 +196,10 @@ def quantised_rows(model: nn.Module) -> list[ParameterRow]:
     return [ParameterRow(f"weights in NF4, {bits:.3f} bits each", False, len(packed), count, 1.0)]
 
 
-def pattern_numbers(config: LoRAConfig, key: str) -> dict[str, float]:
-    """method.ranks or method.alphas as numbers by pattern, in order."""
-    found: dict[str, float] = {}
-    for entry in getattr(config, key):
-        pattern, _, number = entry.rpartition(":")
-        try:
-            re.compile(pattern)
-            value = float(number)
-            good = 0 < value < math.inf and (key == "alphas" or (value.is_integer() and value <= 1024))
-        except (re.error, ValueError):
-            good = False
-        if not pattern or not good:
-            example = "q_proj:8" if key == "ranks" else "q_proj:16"
-            raise ConfigError(f"method.{key}: {entry!r} is not PATTERN:NUMBER; give for example {example}")
-        found[pattern] = value
-    return found
-
-
 def rank_and_alpha(config: LoRAConfig, name: str) -> tuple[int, float]:
     """r and alpha of a layer."""
-    rank = first_match(pattern_numbers(config, "ranks"), name, config.rank)
-    return int(rank), first_match(pattern_numbers(config, "alphas"), name, config.alpha)
+    rank = first_match(pattern_numbers("ranks", config.ranks), name, config.rank)
+    return int(rank), first_match(pattern_numbers("alphas", config.alphas), name, config.alpha)
 
 
 def _refuse_idle(key: str, numbers: Mapping[str, float], names: Sequence[str]) -> None:
@@ -234,7 +217,7 @@ def peft_settings(config: LoRAConfig, names: list[str], base: str, fresh: tuple[
     PiSSA's update has twice the rank: alpha grows with it, so that the scale stays.
     """
     plain = all(re.fullmatch(r"[\w.]+", target) for target in config.targets)
-    ranks, alphas = pattern_numbers(config, "ranks"), pattern_numbers(config, "alphas")
+    ranks, alphas = pattern_numbers("ranks", config.ranks), pattern_numbers("alphas", config.alphas)
     more = 2 if config.init == "pissa" else 1
     more_alpha = math.sqrt(more) if config.rslora else more
     return {

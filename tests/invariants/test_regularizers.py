@@ -7,8 +7,6 @@ merging, what is frozen) is in test_methods.py, closed forms are in test_closed_
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftlab import build
 from ftlab.config import (
@@ -35,11 +33,14 @@ from ftlab.config import (
 )
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.fisher import FILE, FisherFacts, save_fisher
+<<<<<<< HEAD
 from ftlab.losses.scalars import collecting
 from ftlab.methods.lora import lora_leaves
+=======
+>>>>>>> wt-forms
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.training.parallel import Ranks
-from tests.helpers.runs import assert_same_weights, made, train
+from tests.helpers.runs import Runs, assert_same_weights, assert_two_ranks, made, one_batch, pulled_back, train
 from tests.helpers.training import collate, gradients, ragged_examples, run_ranks, tiny_llama
 
 CONF = Path(__file__).parents[2] / "conf" / "regularizer"
@@ -60,7 +61,14 @@ NO_HOLD = "it protects no weights"
 
 @dataclass(frozen=True)
 class Row:
+<<<<<<< HEAD
     """A regularizer by its strength; `logs`: its scalars in the log; `apart`: why a property does not apply."""
+=======
+    """A regularizer by its strength; `logs`: the scalar that it logs; `apart`: why a property does not apply.
+
+    without: what a positive strength is compared with.
+    """
+>>>>>>> wt-forms
 
     of: Callable[[float], RegularizerConfig]
     strength: float
@@ -78,16 +86,6 @@ def dropout_at(place: str) -> Row:
     return Row(lambda p: RegularizerConfig(dropout=DropoutConfig(**{place: p})), 0.3, INSIDE)
 
 
-@functools.cache
-def earlier_run() -> str:
-    """A folder with Fisher information, as if a run had ended at the pretrained weights."""
-    folder = Path(tempfile.mkdtemp(prefix="ftlab-ewc-"))
-    weights = {name: p.detach() for name, p in tiny_llama().named_parameters() if p.ndim == 2}
-    ones = {name: torch.ones_like(p) for name, p in weights.items()}
-    save_fisher(folder / FILE, ones, weights, FisherFacts("true", 1, 0))
-    return str(folder)
-
-
 def l2_sp(**options: Any) -> Callable[[float], RegularizerConfig]:
     return lambda strength: RegularizerConfig(l2_sp=L2SPConfig(strength, **options))
 
@@ -103,8 +101,13 @@ REGULARIZERS: dict[str, Row] = {
         "penalty/l1_sp",
     ),
     "l2": Row(lambda s: RegularizerConfig(l2=L2Config(s)), 0.1, logs="penalty/l2"),
+<<<<<<< HEAD
     "ewc": Row(lambda s: RegularizerConfig(ewc=EWCConfig(s, [earlier_run()])), 0.1, PULL, "penalty/ewc"),
     "label_smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2, logs="label_smoothing/cost"),
+=======
+    "ewc": Row(lambda s: RegularizerConfig(ewc=EWCConfig(s)), 0.1, PULL, "penalty/ewc"),
+    "label_smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2),
+>>>>>>> wt-forms
     **{f"dropout: {p}": dropout_at(p) for p in ("embedding", "attention", "residual", "hidden", "head")},
     "stochastic_depth": Row(lambda s: RegularizerConfig(stochastic_depth=s), 0.6, INSIDE),
     "neftune": Row(lambda s: RegularizerConfig(neftune=s), 5.0, INSIDE),
@@ -118,8 +121,7 @@ REGULARIZERS |= {
     for kind in ("ema", "swa")
 }
 REGULARIZERS["r_drop"] = Row(
-    # zero strength is held against the run with the same dropout: see `without`
-    lambda s: RegularizerConfig(r_drop=s, dropout=DropoutConfig(residual=0.1)),
+    lambda s: RegularizerConfig(r_drop=s, dropout=DropoutConfig(residual=0.1 if s > 0 else 0)),
     2.0,
     INSIDE,
     "r_drop/kl",
@@ -142,6 +144,23 @@ METHODS: dict[str, Callable[[], MethodConfig]] = {
 }
 # Dropout of the adapter draws too, so ranks are compared without it.
 STILL: dict[str, Callable[[], MethodConfig]] = {"full": FullConfig, "lora": lambda: LoRAConfig(rank=4, alpha=8.0)}
+
+
+def regularizer(name: str, strength: float, folder: Path) -> RegularizerConfig:
+    """A row of a strength; EWC finds an earlier run in `folder`, which ended at the pretrained weights."""
+    config = REGULARIZERS[name].of(strength)
+    if name != "ewc":
+        return config
+    path = folder / "earlier" / FILE
+    if not path.exists():
+        path.parent.mkdir()
+        weights = {key: p.detach() for key, p in tiny_llama().named_parameters() if p.ndim == 2}
+        save_fisher(path, {key: torch.ones_like(p) for key, p in weights.items()}, weights, FisherFacts("true", 1, 0))
+    return replace(config, ewc=EWCConfig(strength, [str(path.parent)]))
+
+
+def of(name: str, folder: Path) -> RegularizerConfig:
+    return regularizer(name, REGULARIZERS[name].strength, folder)
 
 
 def cases(column: str) -> list[tuple[str, str]]:
@@ -184,31 +203,34 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
 
 
 @every("zero")
-def test_zero_strength_is_bitwise_the_run_without_it(tmp_path: Path, name: str, method: str) -> None:
-    without = train(tmp_path / "without", METHODS[method](), REGULARIZERS[name].without())
-    zero = train(tmp_path / "zero", METHODS[method](), REGULARIZERS[name].of(0.0))
+def test_zero_strength_is_bitwise_the_run_without_it(runs: Runs, name: str, method: str) -> None:
+    """Without it: a run whose objective is the plain loss, and that has no penalty, no noise and no hook."""
+    without = runs(METHODS[method](), None)
+    zero = runs(METHODS[method](), regularizer(name, 0.0, runs.folder))
     assert_same_weights(zero, without)
     assert zero["losses"] == without["losses"]
     assert scalars(zero["lines"][-1]) == {}
 
 
 @every("acts")
-def test_a_positive_strength_trains_something_else(tmp_path: Path, name: str, method: str) -> None:
+def test_a_positive_strength_trains_something_else(runs: Runs, name: str, method: str) -> None:
     row = REGULARIZERS[name]
-    without = train(tmp_path / "without", METHODS[method](), row.without())
-    some = train(tmp_path / "some", METHODS[method](), row.of(row.strength))
+    without = runs(METHODS[method](), row.without())
+    some = runs(METHODS[method](), of(name, runs.folder))
     assert any(not torch.equal(some["weights"][key], tensor) for key, tensor in without["weights"].items())
     assert scalars(some["lines"][-1]).keys() == set(row.logs.split())
 
 
 @every("resume")
-def test_killed_and_resumed_it_ends_where_it_would_have_ended(tmp_path: Path, name: str, method: str) -> None:
-    row = REGULARIZERS[name]
-    whole = train(tmp_path / "whole", METHODS[method](), row.of(row.strength))
+def test_killed_and_resumed_it_ends_where_it_would_have_ended(
+    tmp_path: Path, runs: Runs, name: str, method: str
+) -> None:
+    config = of(name, runs.folder)
+    whole = runs(METHODS[method](), config)
     for kill_after in (2, 5):
         folder = tmp_path / f"killed-{kill_after}"
-        train(folder, METHODS[method](), row.of(row.strength), kill_after=kill_after)
-        later = train(folder, METHODS[method](), row.of(row.strength), resume=True)
+        train(folder, METHODS[method](), config, kill_after=kill_after)
+        later = train(folder, METHODS[method](), config, resume=True)
         assert_same_weights(later, whole)
         assert later["losses"] == {step: whole["losses"][step] for step in later["losses"]}
         rest = whole["lines"][-len(later["lines"]) :]
@@ -216,9 +238,7 @@ def test_killed_and_resumed_it_ends_where_it_would_have_ended(tmp_path: Path, na
 
 
 @every("evaluation")
-def test_evaluation_does_not_know_of_it(name: str, method: str) -> None:
-    row = REGULARIZERS[name]
-
+def test_evaluation_does_not_know_of_it(tmp_path: Path, name: str, method: str) -> None:
     def measured(regularizer: RegularizerConfig) -> tuple[Tensor, Tensor]:
         config, built = made(METHODS[method](), regularizer)
         built.model.eval()
@@ -233,18 +253,24 @@ def test_evaluation_does_not_know_of_it(name: str, method: str) -> None:
         with torch.no_grad():
             return supervised_cross_entropy(model, collate(ragged_examples(8), 8)[0], 256)
 
-    (loss, rng), (expected, untouched) = measured(row.of(row.strength)), measured(RegularizerConfig())
+    (loss, rng), (expected, untouched) = measured(of(name, tmp_path)), measured(RegularizerConfig())
     assert torch.equal(loss, expected)
     assert torch.equal(rng, untouched)
 
 
 @every("recomputed")
+<<<<<<< HEAD
 def test_recomputed_activations_are_the_first_ones_again(name: str, method: str) -> None:
     row = REGULARIZERS[name]
 
     def step(checkpointing: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         noted: dict[str, Tensor] = {}
         _, built = made(METHODS[method](), row.of(row.strength), checkpointing=checkpointing)
+=======
+def test_recomputed_activations_are_the_first_ones_again(tmp_path: Path, name: str, method: str) -> None:
+    def step(checkpointing: bool) -> tuple[dict[str, Tensor], Tensor]:
+        _, built = made(METHODS[method](), of(name, tmp_path), checkpointing=checkpointing)
+>>>>>>> wt-forms
         with torch.no_grad():
             for key, parameter in built.model.named_parameters():
                 if "lora_B" in key:
@@ -261,21 +287,28 @@ def test_recomputed_activations_are_the_first_ones_again(name: str, method: str)
 
 
 @every("gradients")
-def test_every_tensor_that_trains_gets_a_gradient(name: str, method: str) -> None:
-    row = REGULARIZERS[name]
-    _, built = made(METHODS[method](), row.of(row.strength))
+def test_every_tensor_that_trains_gets_a_gradient(tmp_path: Path, name: str, method: str) -> None:
+    _, built = made(METHODS[method](), of(name, tmp_path))
     objective(built).backward()
     expected = {key for key, parameter in built.model.named_parameters() if parameter.requires_grad}
     assert gradients(built.model).keys() == expected
 
 
 def on_a_rank(ranks: Ranks, folder: Path) -> None:
+<<<<<<< HEAD
     for name, method in cases("ranks"):
         row = REGULARIZERS[name]
         place = folder / f"{name}-{method}-{ranks.rank}".replace(": ", "-")
         run = train(place, STILL[method](), row.of(row.strength), ranks=ranks)
         run = {"weights": run["weights"], "scalars": scalars(run["lines"][-1])}
         torch.save(run, folder / f"{name}-{method}-{ranks.rank}.pt")
+=======
+    own = folder / str(ranks.rank)
+    own.mkdir()
+    for number, (name, method) in enumerate(cases("ranks")):
+        run = train(own / str(number), STILL[method](), of(name, own), ranks=ranks)
+        torch.save(run["weights"], own / f"{name}-{method}.pt")
+>>>>>>> wt-forms
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +320,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @every("ranks")
+<<<<<<< HEAD
 def test_two_ranks_end_where_one_does(tmp_path: Path, two_ranks: Path, name: str, method: str) -> None:
     row = REGULARIZERS[name]
     run = train(tmp_path, STILL[method](), row.of(row.strength))
@@ -305,6 +339,10 @@ def curvature(model: nn.Module) -> float:
     factors = [(leaf.scale, (leaf.lora_A.detach(), leaf.lora_B.detach())) for leaf in lora_leaves(model).values()]
     norms = [s**2 * sum(float(torch.linalg.matrix_norm(x, 2)) ** 2 for x in pair) for s, pair in factors]
     return 2e9 * max([1.0, *norms])
+=======
+def test_two_ranks_end_where_one_does(runs: Runs, two_ranks: Path, name: str, method: str) -> None:
+    assert_two_ranks(two_ranks, f"{name}-{method}", runs(STILL[method](), of(name, runs.folder)))
+>>>>>>> wt-forms
 
 
 @every("held")
@@ -314,39 +352,27 @@ def test_a_strength_of_1e9_holds_protected_weights(tmp_path: Path, name: str, me
     That is told by gradient descent at a rate fit for the penalty (decreasing for L1, whose pull does not), from 0.01
     away. Adam divides any pull by its size, so there a coupled one only turns each step round, of whatever strength.
     """
-    row, start = REGULARIZERS[name], {key: p.detach() for key, p in tiny_llama().named_parameters()}
+    strong, start = regularizer(name, 1e9, tmp_path), {key: p.detach() for key, p in tiny_llama().named_parameters()}
     if name == "l2_sp: decoupled":
-        rate, run = 1e-4, train(tmp_path, METHODS[method](), row.of(1e9))  # lr 1e-2 times the schedule's 1e-2
+        rate, run = 1e-3, train(tmp_path / "run", METHODS[method](), strong)  # lr 1e-2 times the schedule's 0.1
         moved = {key: float((weight - start[key]).abs().max()) for key, weight in run["weights"].items()}
         assert 0 < max(moved.values()) < 1.2 * rate
         return
-    config, built = made(STILL[method](), row.of(1e9))
-    (penalty,) = built.penalties
-    model, generator = built.model.eval(), torch.Generator().manual_seed(2)
-    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for key, parameter in trained.items():
-            if not key.endswith("lora_A"):  # B = 0 is where the pretrained weights are
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-    optimizer = torch.optim.SGD(trained.values(), lr=1 / curvature(model))
-    for step in range(150):
-        if name == "l1_sp":
-            optimizer.param_groups[0]["lr"] = 0.03e-9 * 0.9**step
-        optimizer.zero_grad()
-        (build.loss_sum_of(config)(model, collate(ragged_examples(8), 8)[0]) + penalty.value(model)).backward()
-        optimizer.step()
-    built.method.merge(model)
-    state = built.method.merged(model).state_dict()
+    config, built = made(STILL[method](), strong)
+    assert len(built.penalties) == 1
+    loss, batch = build.loss_sum_of(config), one_batch("llama")
+    rate_of = (lambda step: 0.03e-9 * 0.9**step) if name == "l1_sp" else None
+    state = pulled_back(built, lambda: loss(built.model, batch), 150, rate_of)
     held = {key for key, p in start.items() if p.ndim == 2} if name == "ewc" else start.keys()
     assert max(float((state[key] - start[key]).abs().max()) for key in held) < 1e-6
 
 
 def test_all_of_them_act_together(tmp_path: Path) -> None:
     everything = RegularizerConfig()
-    for name, row in REGULARIZERS.items():
+    for name in REGULARIZERS:
         if name.startswith("l2_sp:"):
             continue
-        one = row.of(row.strength)
+        one = of(name, tmp_path)
         changed = {key: value for key, value in vars(one).items() if value != getattr(RegularizerConfig(), key)}
         if "dropout" in changed:
             drops = {key: p for key, p in vars(changed["dropout"]).items() if p > 0}

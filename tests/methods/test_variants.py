@@ -23,6 +23,7 @@ from ftlab.methods.lora_linear import LoRALinear
 from ftlab.models.checkpoint import save_safetensors
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.operators import TORCH, describe, select
+from ftlab.validate import check_variants
 from tests.helpers.models import random_ids, tiny_llama
 
 IDS = random_ids(2, 11)
@@ -260,12 +261,22 @@ def test_a_small_change_of_a_magnitude_survives_bf16(kernels: str) -> None:
         ({"ranks": ["q_prj:4"]}, r"method\.ranks: 'q_prj' matches none of the adapted layers"),
         ({"ranks": ["q_proj"]}, r"'q_proj' is not PATTERN:NUMBER"),
         ({"ranks": ["q_proj:2.5"]}, "is not PATTERN:NUMBER"),
-        ({"alphas": ["(:2"]}, "is not PATTERN:NUMBER"),
+        ({"ranks": ["q_proj:0"]}, r"method\.ranks: 'q_proj:0' is not PATTERN:NUMBER"),
+        ({"ranks": ["q_proj:1025"]}, "is not PATTERN:NUMBER"),
+        ({"ranks": ["q_proj:-8"]}, "is not PATTERN:NUMBER"),
+        ({"alphas": ["q_proj:0"]}, r"method\.alphas: 'q_proj:0' is not PATTERN:NUMBER"),
+        ({"alphas": [":2"]}, "is not PATTERN:NUMBER"),
+        ({"alphas": ["q_proj:1e999"]}, "is not PATTERN:NUMBER"),
+        ({"alphas": ["(:2"]}, r"method\.alphas: '\(' is not a regular expression"),
     ],
 )
 def test_wrong_patterns_are_refused(changes: dict[str, Any], message: str) -> None:
+    config = LoRAConfig(rank=4, **changes)
     with pytest.raises(ConfigError, match=message):
-        make_method(LoRAConfig(rank=4, **changes)).apply(tiny_llama())
+        make_method(config).apply(tiny_llama())
+    if "matches none" not in message:  # the names are known with the model, the form before it
+        with pytest.raises(ConfigError, match=message):
+            check_variants(config)
 
 
 def test_patterns_give_each_layer_its_rank_and_scale() -> None:
