@@ -33,11 +33,7 @@ from ftlab.config import (
 )
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.losses.fisher import FILE, FisherFacts, save_fisher
-<<<<<<< HEAD
 from ftlab.losses.scalars import collecting
-from ftlab.methods.lora import lora_leaves
-=======
->>>>>>> wt-forms
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.training.parallel import Ranks
 from tests.helpers.runs import Runs, assert_same_weights, assert_two_ranks, made, one_batch, pulled_back, train
@@ -61,14 +57,10 @@ NO_HOLD = "it protects no weights"
 
 @dataclass(frozen=True)
 class Row:
-<<<<<<< HEAD
-    """A regularizer by its strength; `logs`: its scalars in the log; `apart`: why a property does not apply."""
-=======
-    """A regularizer by its strength; `logs`: the scalar that it logs; `apart`: why a property does not apply.
+    """A regularizer by its strength; `logs`: its scalars in the log; `apart`: why a property does not apply.
 
     without: what a positive strength is compared with.
     """
->>>>>>> wt-forms
 
     of: Callable[[float], RegularizerConfig]
     strength: float
@@ -101,13 +93,8 @@ REGULARIZERS: dict[str, Row] = {
         "penalty/l1_sp",
     ),
     "l2": Row(lambda s: RegularizerConfig(l2=L2Config(s)), 0.1, logs="penalty/l2"),
-<<<<<<< HEAD
-    "ewc": Row(lambda s: RegularizerConfig(ewc=EWCConfig(s, [earlier_run()])), 0.1, PULL, "penalty/ewc"),
-    "label_smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2, logs="label_smoothing/cost"),
-=======
     "ewc": Row(lambda s: RegularizerConfig(ewc=EWCConfig(s)), 0.1, PULL, "penalty/ewc"),
-    "label_smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2),
->>>>>>> wt-forms
+    "label_smoothing": Row(lambda s: RegularizerConfig(label_smoothing=s), 0.2, logs="label_smoothing/cost"),
     **{f"dropout: {p}": dropout_at(p) for p in ("embedding", "attention", "residual", "hidden", "head")},
     "stochastic_depth": Row(lambda s: RegularizerConfig(stochastic_depth=s), 0.6, INSIDE),
     "neftune": Row(lambda s: RegularizerConfig(neftune=s), 5.0, INSIDE),
@@ -259,18 +246,10 @@ def test_evaluation_does_not_know_of_it(tmp_path: Path, name: str, method: str) 
 
 
 @every("recomputed")
-<<<<<<< HEAD
-def test_recomputed_activations_are_the_first_ones_again(name: str, method: str) -> None:
-    row = REGULARIZERS[name]
-
+def test_recomputed_activations_are_the_first_ones_again(tmp_path: Path, name: str, method: str) -> None:
     def step(checkpointing: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         noted: dict[str, Tensor] = {}
-        _, built = made(METHODS[method](), row.of(row.strength), checkpointing=checkpointing)
-=======
-def test_recomputed_activations_are_the_first_ones_again(tmp_path: Path, name: str, method: str) -> None:
-    def step(checkpointing: bool) -> tuple[dict[str, Tensor], Tensor]:
         _, built = made(METHODS[method](), of(name, tmp_path), checkpointing=checkpointing)
->>>>>>> wt-forms
         with torch.no_grad():
             for key, parameter in built.model.named_parameters():
                 if "lora_B" in key:
@@ -295,20 +274,12 @@ def test_every_tensor_that_trains_gets_a_gradient(tmp_path: Path, name: str, met
 
 
 def on_a_rank(ranks: Ranks, folder: Path) -> None:
-<<<<<<< HEAD
-    for name, method in cases("ranks"):
-        row = REGULARIZERS[name]
-        place = folder / f"{name}-{method}-{ranks.rank}".replace(": ", "-")
-        run = train(place, STILL[method](), row.of(row.strength), ranks=ranks)
-        run = {"weights": run["weights"], "scalars": scalars(run["lines"][-1])}
-        torch.save(run, folder / f"{name}-{method}-{ranks.rank}.pt")
-=======
     own = folder / str(ranks.rank)
     own.mkdir()
     for number, (name, method) in enumerate(cases("ranks")):
         run = train(own / str(number), STILL[method](), of(name, own), ranks=ranks)
         torch.save(run["weights"], own / f"{name}-{method}.pt")
->>>>>>> wt-forms
+        torch.save(scalars(run["lines"][-1]), own / f"{name}-{method}-scalars.pt")
 
 
 @pytest.fixture(scope="module")
@@ -320,29 +291,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @every("ranks")
-<<<<<<< HEAD
-def test_two_ranks_end_where_one_does(tmp_path: Path, two_ranks: Path, name: str, method: str) -> None:
-    row = REGULARIZERS[name]
-    run = train(tmp_path, STILL[method](), row.of(row.strength))
-    alone, logged = run["weights"], scalars(run["lines"][-1])
-    for rank in (0, 1):
-        saved = torch.load(two_ranks / f"{name}-{method}-{rank}.pt", weights_only=True)
-        assert saved["scalars"] == pytest.approx(logged, rel=1e-2, abs=1e-4)
-        found = saved["weights"]
-        assert found.keys() == alone.keys()
-        for key, weight in alone.items():
-            torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-4, msg=key)
-
-
-def curvature(model: nn.Module) -> float:
-    """A bound of that of 1e9 ||W - W0||^2: 2e9 for a weight, times s^2 (||A A^T|| + ||B^T B||) for A and B."""
-    factors = [(leaf.scale, (leaf.lora_A.detach(), leaf.lora_B.detach())) for leaf in lora_leaves(model).values()]
-    norms = [s**2 * sum(float(torch.linalg.matrix_norm(x, 2)) ** 2 for x in pair) for s, pair in factors]
-    return 2e9 * max([1.0, *norms])
-=======
 def test_two_ranks_end_where_one_does(runs: Runs, two_ranks: Path, name: str, method: str) -> None:
-    assert_two_ranks(two_ranks, f"{name}-{method}", runs(STILL[method](), of(name, runs.folder)))
->>>>>>> wt-forms
+    alone = runs(STILL[method](), of(name, runs.folder))
+    assert_two_ranks(two_ranks, f"{name}-{method}", alone)
+    for rank in (0, 1):
+        logged = torch.load(two_ranks / str(rank) / f"{name}-{method}-scalars.pt", weights_only=True)
+        assert logged == pytest.approx(scalars(alone["lines"][-1]), rel=1e-2, abs=1e-4)
 
 
 @every("held")
