@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of results in README.md and docs/performance.md, generated from docs/results/*.json.
+"""The tables of results in README.md and two pages of docs/ (PAGES), generated from docs/results/*.json.
 
     python scripts/readme_results.py                           write the pages' blocks anew
     python scripts/readme_results.py --check                   exit 1 if a block is not what the records give
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "methods" / "freeze.md")
 sys.path.insert(0, str(ROOT))
 
 from ftlab.files import atomic_write  # noqa: E402
@@ -168,7 +168,28 @@ def peers_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"bench_peers": peers_table, "bench_cpu": cpu_table}
+def frozen_table(record: dict[str, Any]) -> str:
+    """A record of scripts/bench_frozen.py as Markdown: time and memory of a step over those of full fine-tuning."""
+    lines = []
+    for model, rows in record["summary"].items():
+        lines += [
+            f"| {model} | trains | time of a step | lowest to highest | memory of a step | activations | peak memory |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for name, row in rows.items():
+            between = f"{row['time_low']:.2f} to {row['time_high']:.2f}"
+            cells = f"{100 * row['trained']:.2f} % | {row['time']:.2f} | {between} | {row['step_memory']:.3f}"
+            lines.append(f"| {name} | {cells} | {row['activations']:.3f} | {row['peak']:.2f} |")
+        lines.append("")
+    rounds = 1 + max(run["repeat"] for run in record["runs"])
+    lines += [
+        "Relative to full in the same round, medians; memory of a step: gradients, optimizer state and activations. "
+        f"{source(record)[:-1]}; {rounds} rounds.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"bench_frozen": frozen_table, "bench_peers": peers_table, "bench_cpu": cpu_table}
 
 
 def rewrite(text: str, results: Path, folder: str = "docs/results") -> str:
@@ -226,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The tables of results in the pages, from docs/results/*.json.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not up to date")
     parser.add_argument("--record", metavar="NAME", help="first write docs/results/NAME.json of the given run folders")
-    parser.add_argument("--readme", type=Path, help="this page alone (default: README.md and docs/performance.md)")
+    parser.add_argument("--readme", type=Path, help="this page alone (default: all that have tables)")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="another folder of records")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders for --record")
     options = parser.parse_args(argv)
@@ -247,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def update(page: Path, options: argparse.Namespace) -> bool:
     """Whether a page is not what the records give; without --check it is written anew."""
-    folder = "results" if page.parent.name == "docs" else "docs/results"
+    folder = {"docs": "results", "methods": "../results"}.get(page.parent.name, "docs/results")
     text = page.read_text("utf-8")
     changed = rewrite(text, options.results, folder)
     if changed != text and not options.check:
