@@ -271,7 +271,7 @@ def sentence(name: str, row_name: str, folder: str) -> str:
     """What a study measured of one row, for that technique's page. folder: of the results, as the page names it."""
     file = RESULTS / f"{name}.json"
     if not file.is_file():
-        return f"Not measured yet: there is no record of `scripts/study.py {name}`.\n"
+        return f"Not measured yet ({row_name}): there is no record of `scripts/study.py {name}`.\n"
     record, plan = json.loads(file.read_text("utf-8")), STUDIES[name]
     main_score, _, loss = plan.scores
     parts = []
@@ -282,7 +282,9 @@ def sentence(name: str, row_name: str, folder: str) -> str:
         against = f" ({rows[0]['name']}: {spread(first[0])} and {spread(first[1], 2)})" if row is not rows[0] else ""
         words = f"{main_score.replace('_', ' ')} {spread(own[0])} %, test loss {spread(own[1], 2)}"
         parts.append(f"{group}: {words}{against}")
-    text = f"Measured, mean ± standard deviation of {len(SEEDS)} seeds. {'; '.join(parts)}. {plan.subject}: "
+    text = (
+        f"Measured ({row_name}), mean ± standard deviation of {len(SEEDS)} seeds. {'; '.join(parts)}. {plan.subject}: "
+    )
     link = f"[all rows]({folder}/{page_file(name).name})."
     return "\n".join(textwrap.wrap(text + link, 118, break_long_words=False, break_on_hyphens=False)) + "\n"
 
