@@ -52,7 +52,7 @@ from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
 from ftlab.startup import without_collector
 from ftlab.training.averaging import Averaging
-from ftlab.training.hooks import Hook
+from ftlab.training.hooks import Hook, Logged
 from ftlab.training.loop import Climb
 from ftlab.training.parallel import LossSum, Ranks
 from ftlab.training.precision import Precision, dtype_of
@@ -240,13 +240,15 @@ def _disturb(model: AnyModel, noise: Noise) -> None:
         )
 
 
-def build_hooks(config: Config, method: Method, total_steps: int) -> list[Hook]:
+def build_hooks(config: Config, built: Built, total_steps: int) -> list[Hook]:
     """What acts between the steps of the loop."""
     hooks: list[Hook] = []
     if isinstance(config.method, GradualUnfreezeConfig):
-        hooks.append(Unfreezing(config.method, method.stages))
+        hooks.append(Unfreezing(config.method, built.method.stages))
     if config.regularizer.average.kind != "none":
         hooks.append(Averaging(config.regularizer.average, total_steps))
+    if isinstance(built.objective, Mixout):
+        hooks.append(Logged("mixout/distance", built.objective.distance))
     return hooks
 
 

@@ -425,7 +425,7 @@ class _Session:
             progress=self.progress,
             stop=self.stop,
             micro_batch_size=config.data.micro_batch_size,
-            hooks=build.build_hooks(config, built.method, steps),
+            hooks=build.build_hooks(config, built, steps),
             climb=built.climb,
         )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -49,6 +50,12 @@ class Mixout:
         }
         loss: Tensor = functional_call(self.call, mixed, (batch,))
         return loss
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """||w - w0|| over what is mixed: the noise grows with it."""
+        away = [torch.linalg.vector_norm(self.call.get_parameter(name) - w0) for name, w0 in self.anchors.items()]
+        return float(torch.linalg.vector_norm(torch.stack(away)))
 
 
 class _Call(nn.Module):

@@ -89,6 +89,7 @@ def panels_of(run: RunFolder) -> list[Panel]:
         ),
         Panel(f"Regularizers, values in the loss ({unit})", [curve("train", key, key) for key in noted]),
         Panel("Distance of the average from the weights", [curve("train", "average/distance", "distance")], True),
+        Panel("Distance from the weights that mixout mixes in", [curve("train", "mixout/distance", "distance")], True),
         Panel("Tokens per second", [curve("train", "tokens_per_second")], True),
         Panel("Loss scale (fp16)", [curve("train", "loss_scale")], True),
     ]

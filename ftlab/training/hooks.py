@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ftlab.training.loop import Fit, StepResult
     from ftlab.training.state import TrainState
 
-__all__ = ["Hook"]
+__all__ = ["Hook", "Logged"]
 
 
 class Hook:
@@ -34,3 +35,14 @@ class Hook:
 
     def after_validation(self, state: TrainState, run: Fit, *, better: bool) -> None:
         """Called after each validation, before its checkpoint; better: than every one before."""
+
+
+class Logged(Hook):
+    """Logs a number that is read when a step gets a line."""
+
+    def __init__(self, name: str, read: Callable[[], float]) -> None:
+        self.name, self.read = name, read
+
+    def scalars(self, state: TrainState) -> dict[str, float]:
+        """The number under its name."""
+        return {self.name: self.read()}

@@ -127,7 +127,7 @@ def train(
         micro_batch_size=config.data.micro_batch_size,
         on_step=on_step,
         climb=built.climb,
-        hooks=build.build_hooks(config, built.method, STEPS),
+        hooks=build.build_hooks(config, built, STEPS),
     )
     if resume:
         saved = run.checkpoints.newest()

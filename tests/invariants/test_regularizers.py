@@ -119,6 +119,7 @@ REGULARIZERS["mixout"] = Row(
     lambda s: RegularizerConfig(mixout=s),
     0.5,
     {"recomputed": "validate refuses it with checkpointing", "ranks": DRAWN, "held": NO_HOLD},
+    "mixout/distance",
     methods=("full",),
 )
 REGULARIZERS["lwf"] = Row(
