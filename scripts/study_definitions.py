@@ -152,7 +152,7 @@ GENERATION = Study(
     subject="SmolLM2, lay phrase to clinical term, 60 steps",
     text=(
         "SmolLM2-135M-Instruct learns to give the clinical term of a layperson's phrase: 60 steps of one row of 512",
-        "tokens each, scored by greedy answers to 300 held-out phrases.",
+        "tokens each, scored by greedy answers to 300 held-out phrases. QLoRA takes the rate that was chosen for LoRA.",
     ),
     common=(
         *("model=smollm2_135m", "data=hpo_lay_to_clinical", "data.template=chatml", "data.max_length=256"),
