@@ -5,7 +5,10 @@
 #   scripts/test.sh --long             the slow tests too
 #   scripts/test.sh --no-network       without the tests that need the real model or ontology
 #   scripts/test.sh tests/test_compose.py -k sweep
+#   scripts/test.sh -n 0               in one process: for a debugger, or to read what is printed
+#
+# One process a core, at most four: the tests use one thread each. A file's tests stay together.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$root"
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -86,7 +86,9 @@ def test_arguments(checkout: Checkout) -> None:
     assert checkout.call("run.sh").stdout.splitlines()[:3] == ["-m", "ftlab.train", "+experiment=lora_medical"]
     given = ["method.rank=4", "data.system=two words"]
     assert checkout.call("run.sh", *given).stdout.splitlines()[:4] == ["-m", "ftlab.train", *given]
-    assert checkout.call("test.sh", "-k", "a or b").stdout.splitlines()[:4] == ["-m", "pytest", "-k", "a or b"]
+    said = checkout.call("test.sh", "-k", "a or b").stdout.splitlines()
+    ours = ["-m", "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    assert said[: len(ours) + 2] == [*ours, "-k", "a or b"], "the caller's come last, so that they win"
 
 
 @pytest.mark.parametrize("home", ["", "/nowhere/at/all"])
