@@ -15,7 +15,6 @@ docs/results/README.md explains the record that --out writes.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -33,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from ftlab.files import atomic_write  # noqa: E402
 from scripts.bench_peers import beginning, now, wait_idle  # noqa: E402
+from scripts.bench_startup import BenchError, parse  # noqa: E402
 
 __all__ = ["ARMS", "MODELS", "main", "summarize", "words"]
 
@@ -70,10 +70,6 @@ ARMS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("QLoRA, rank 16", ("method=qlora", "method.rank=16")),
     ),
 }
-
-
-class BenchError(Exception):
-    """A failure that one line explains."""
 
 
 def words(model: str, arm: Sequence[str], tiny: bool) -> list[str]:
@@ -170,33 +166,10 @@ def record(
     }
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="bench_frozen.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="rounds (default %(default)s)")
-    parser.add_argument(
-        "--wait-idle",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="before each run, wait at most that long for an idle machine (default: do not wait)",
-    )
-    parser.add_argument("--tiny", action="store_true", help="random models and shipped examples: no download")
-    parser.add_argument("--out", type=Path, help="write the JSON record here")
-    chosen = parser.parse_args(argv)
-    if chosen.repeats < 1 or not chosen.wait_idle >= 0:
-        parser.error("--repeats is at least 1, --wait-idle at least 0")
-    if chosen.out is not None and not chosen.out.resolve().parent.is_dir():
-        parser.error(f"--out {chosen.out}: there is no such folder")
-    return chosen
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a run that fails is one line and status 1."""
     given = list(sys.argv[1:] if argv is None else argv)
-    chosen = parse(given)
+    chosen = parse(given, "bench_frozen.py", __doc__ or "")
     started = beginning()
     try:
         with tempfile.TemporaryDirectory(prefix="bench-frozen-") as folder:

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 from ftlab.files import atomic_write  # noqa: E402
 from scripts.bench_peers import beginning, now, wait_idle  # noqa: E402
 
-__all__ = ["COMMANDS", "LIMITS", "commands", "main", "summarize", "table"]
+__all__ = ["COMMANDS", "LIMITS", "BenchError", "commands", "main", "parse", "summarize", "table"]
 
 COMMANDS = ("train", "generate")
 LIMITS = {"train": 8.0, "generate": 4.0}  # seconds that either may take on two cores
@@ -207,11 +207,9 @@ def record(
     }
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="bench_startup.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+def parse(argv: Sequence[str], prog: str = "bench_startup.py", about: str = __doc__ or "") -> argparse.Namespace:
+    """The command line, of other benchmarks that repeat small runs too."""
+    parser = argparse.ArgumentParser(prog=prog, description=about.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=3, help="counted runs of each command (default %(default)s)")
     parser.add_argument(
         "--wait-idle",
@@ -220,7 +218,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="before each run, wait at most that long for an idle machine (default: do not wait)",
     )
-    parser.add_argument("--tiny", action="store_true", help="two random layers and a table of capitals: no download")
+    parser.add_argument("--tiny", action="store_true", help="random models and shipped examples: no download")
     parser.add_argument("--out", type=Path, help="write the JSON record here")
     chosen = parser.parse_args(argv)
     if chosen.repeats < 1 or not chosen.wait_idle >= 0:

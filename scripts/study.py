@@ -246,20 +246,23 @@ def page(name: str, record: dict[str, Any]) -> str:
             *verdict(rows, plan.scores[2]),
         ]
         lines += ["", f"All of this table: `{shlex.join(words)}`."] if words else []
-    device = record["device"]
+    lines += [*how(record), "", f"with the words in the record: [{name}.json]({name}.json)."]
+    return "\n".join(lines) + "\n"
+
+
+def how(record: dict[str, Any]) -> list[str]:
+    """The section that says where a page's figures come from."""
     dirty = ", with uncommitted changes" if record["dirty"] else ""
-    lines += [
+    where = f"on {record['device']['name']}, torch {record['packages']['torch']}, one thread a run"
+    return [
         "",
         "## How",
         "",
-        f"`{record['command']}`, commit {record['commit'][:10]}{dirty}, on {device['name']}, torch "
-        f"{record['packages']['torch']}, one thread a run; GiB: peak memory of the process. All runs:",
+        f"`{record['command']}`, commit {record['commit'][:10]}{dirty}, {where}; GiB: peak memory of the process. All "
+        "runs:",
         "",
         f"`python -m ftlab.train {shlex.join(record['common'])}`",
-        "",
-        f"with the words in the record: [{name}.json]({name}.json).",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def page_file(name: str) -> Path:

@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import interval, spread  # noqa: E402
+from study import how, interval, spread  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED  # noqa: E402
 
 from ftlab.files import atomic_write  # noqa: E402
@@ -245,7 +245,6 @@ def page(record: dict[str, Any]) -> str:
     """The page: the table, and how it came about."""
     first = record["rows"][0]["runs"]
     learnt = spread([run["after"]["medical"]["medical"]["exact_match"] for run in first])
-    device, dirty = record["device"], ", with uncommitted changes" if record["dirty"] else ""
     lines = [
         "# Medical, then legal, then spam",
         "",
@@ -270,13 +269,7 @@ def page(record: dict[str, Any]) -> str:
             "100 examples, labels drawn from the model. With replay a part of the 40 steps goes to old examples.",
             118,
         ),
-        "",
-        "## How",
-        "",
-        f"`{record['command']}`, commit {record['commit'][:10]}{dirty}, on {device['name']}, torch "
-        f"{record['packages']['torch']}, one thread a run; GiB: peak memory of the process. All runs:",
-        "",
-        f"`python -m ftlab.train {shlex.join(record['common'])}`",
+        *how(record),
         "",
     ]
     lines += [f"- {name}: `{shlex.join(words)}`" for name, words in record["tasks"].items()]
