@@ -317,7 +317,7 @@ def check_regularizer(config: Config) -> None:
     """L2-SP's rules; EWC's runs; entries of `extra`: importable, with arguments that the class takes."""
     for rule in config.regularizer.l2_sp.rules:
         pattern_and_factor("regularizer.l2_sp.rules", rule)
-    if config.regularizer.l2_sp.beta > 0 and not isinstance(config.data, LabelledDataConfig):
+    if config.regularizer.l2_sp.beta > 0 and not makes_classifier(config.data):
         raise ConfigError(
             "regularizer.l2_sp.beta: it pulls what has no pretrained value, a classifier's head, and here is none; set "
             "it to 0"

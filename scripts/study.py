@@ -41,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from study_definitions import SEEDS, STUDIES, TUNING_SEED, Entry, Study  # noqa: E402
 
+from ftlab.errors import DivergenceError  # noqa: E402
 from ftlab.files import atomic_write  # noqa: E402
 
 __all__ = ["Runs", "choose", "interval", "main", "page", "study"]
@@ -60,7 +61,7 @@ class Runs:
         work.mkdir(parents=True, exist_ok=True)
 
     def submit(self, words: Sequence[str], **more: Any) -> concurrent.futures.Future[dict[str, Any]]:
-        """One run, in the pool; what of its run.json goes into a record, with `more`."""
+        """One run, in the pool; what of its run.json goes into a record, with `more`. Without `more` it is a trial."""
         return self.pool.submit(self.run, list(words), more)
 
     def run(self, words: list[str], more: dict[str, Any]) -> dict[str, Any]:
@@ -72,13 +73,18 @@ class Runs:
             command = [sys.executable, "-m", "ftlab.train", *words, f"run_dir={folder}"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
-            if done.returncode != 0:
+            # A setting that is tried may diverge; it then has no loss and loses.
+            diverged = done.returncode == DivergenceError.exit_code and not more
+            if done.returncode != 0 and not diverged:
                 raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
-            atomic_write(file, (folder / "run.json").read_text("utf-8"))
-            shutil.rmtree(folder)
+            atomic_write(file, "null" if diverged else (folder / "run.json").read_text("utf-8"))
+            shutil.rmtree(folder, ignore_errors=True)
         record = json.loads(file.read_text("utf-8"))
+        loss = None if record is None else record["best"]["value"]
+        print(f"{'diverged' if loss is None else f'{loss:.4f}'}  {shlex.join(words[-4:])}", flush=True)
+        if record is None:
+            return {"validation_loss": None}
         self.first = self.first or record
-        print(f"{record['best']['value']:.4f}  {shlex.join(words[-4:])}", flush=True)
         return {**kept(record), **more}
 
 
@@ -122,7 +128,8 @@ def choose(plan: Study, entry: Entry, taken: Sequence[str], runs: Runs) -> tuple
             if place not in tried
         }
         tried |= {place: future.result() | {"setting": entry.ladder[place]} for place, future in new.items()}
-        best = min(tried, key=lambda place: float(tried[place]["validation_loss"]))
+        losses = {place: run["validation_loss"] for place, run in tried.items()}
+        best = min(losses, key=lambda place: math.inf if losses[place] is None else float(losses[place]))
         if best == low and low > 0:
             low -= 1
         elif best == high - 1 and high < len(entry.ladder):
@@ -200,7 +207,10 @@ def table(rows: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[str]:
         against = "" if row is rows[0] else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
         memory = statistics.median(run["peak_rss"] for run in runs) / 2**30
         chosen = " ".join(f"`{word}`" for word in row["words"][-1:]) if row["tried"] else ""
-        values = [run["setting"].partition("=")[2] for run in row["tried"]]
+        values = [
+            run["setting"].partition("=")[2] + (" (diverged)" if run["validation_loss"] is None else "")
+            for run in row["tried"]
+        ]
         tried = f" [{', '.join(values)}]" if values else ""
         share = f"{100 * runs[0]['trained'] / runs[0]['total']:.2f} %"
         lines.append(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import os
 import shlex
@@ -32,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import how, interval, spread  # noqa: E402
+from study import commit, how, interval, spread  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED  # noqa: E402
 
 from ftlab.files import atomic_write  # noqa: E402
@@ -92,7 +93,8 @@ class Chain:
 
     def __init__(self, work: Path, way: str, setting: str | None, seed: int) -> None:
         self.way, self.setting, self.seed = WAYS[way], setting, seed
-        self.shared = work / f"seed-{seed}"
+        made_by = json.dumps([commit(), COMMON, TASKS, repr(WAYS)])
+        self.shared = work / hashlib.sha256(made_by.encode()).hexdigest()[:16] / f"seed-{seed}"
         self.folder = self.shared / (way if setting is None else f"{way}-{setting.rpartition('=')[2]}")
 
     def run_dir(self, place: int) -> Path:

@@ -164,6 +164,24 @@ def test_pages_of_techniques_quote_their_row(
     assert study.rewrite(text, "../results") == text
 
 
+def test_a_setting_that_diverges_loses(
+    study: ModuleType, plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    faked = Faked("3e-4")
+
+    def some_fail(command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]:
+        if "optimizer.lr=1e-3" in command and "training.seed=100" in command:
+            return subprocess.CompletedProcess(list(command), 3, "", "error: training diverged: the loss is nan\n")
+        return faked(command, **more)
+
+    monkeypatch.setattr(study.subprocess, "run", some_fail)
+    made = study.study("toy", study.Runs(tmp_path, 1))
+    by = {row["name"]: row for row in made["rows"]}
+    assert {run["setting"]: run["validation_loss"] for run in by["BitFit"]["tried"]}["optimizer.lr=1e-3"] is None
+    assert by["full"]["words"][-1] == "optimizer.lr=3e-4"
+    assert "1e-3 (diverged)" in study.page("toy", made)
+
+
 def test_a_failed_run_stops_the_study_with_its_words(
     study: ModuleType, plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -191,7 +209,10 @@ def test_every_run_of_the_chain_composes(continual: ModuleType, tmp_path: Path) 
 
 def test_each_way_names_all_earlier_runs_and_starts_from_the_last(continual: ModuleType, tmp_path: Path) -> None:
     chain = continual.Chain(tmp_path, "replay", "regularizer.replay.share=0.2", 3)
-    first, second = tmp_path / "seed-3/medical", tmp_path / "seed-3/replay-0.2/legal"
+    first, second = chain.run_dir(0), chain.run_dir(1)
+    assert first.relative_to(chain.shared).parts == ("medical",)
+    assert second.relative_to(chain.shared).parts == ("replay-0.2", "legal")
+    assert chain.shared.parts[-1] == "seed-3"
     words = chain.words(2)
     assert f"regularizer.replay.source=[{first},{second}]" in words
     assert f"method.start_from={second}/adapter" in words

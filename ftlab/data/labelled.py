@@ -36,6 +36,7 @@ __all__ = [
     "labelled_record",
     "load_labelled",
     "without_rare",
+    "without_unlearnt",
 ]
 
 
@@ -49,14 +50,24 @@ class LabelledRecord(Record):
 
     def shortened(self, shorten: Callable[[str], str]) -> LabelledRecord | None:
         """As a conversation the text loses its end, not the instruction before it or the second text after it."""
-        question, *answer = self.messages
+        *system, question, answer = self.messages
         after = "" if self.pair is None else f"\n{self.pair}"
         before = question.content.removesuffix(f"{self.text}{after}")
         text = shorten(self.text)
         if len(text) >= len(self.text):
             return None
         asked = Message(question.role, f"{before}{text}{after}")
-        return replace(self, text=text, messages=(asked, *answer))
+        return replace(self, text=text, messages=(*system, asked, answer))
+
+
+def without_unlearnt(splits: Splits) -> tuple[Splits, tuple[str, ...]]:
+    """Validation and test without the labels that training lacks, and a remark: a label may have few groups."""
+    known = {name for record in splits.train for name in names_of(record)}
+    held_out = [*splits.validation, *splits.test]
+    unlearnt = sorted({name for record in held_out for name in names_of(record)} - known)
+    validation, test = ([r for r in side if names_of(r) <= known] for side in (splits.validation, splits.test))
+    notes = (f"left out, as no record of them is in training: {', '.join(unlearnt)}",) if unlearnt else ()
+    return Splits(splits.train, validation, test), notes
 
 
 def labelled_record(id: str, text: str, pair: str | None, label: Label, group: str = "") -> LabelledRecord:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -71,9 +72,10 @@ def _of_cache(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
                 save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, str(temporary))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise FtlabError(
-            f"regularizer.l2_sp.anchor: mmap cannot write {path} ({error.strerror or error}); make room there, name "
+            f"regularizer.l2_sp.anchor: mmap cannot write {path} ({reason}); make room there, name "
             "another folder in FTLAB_CACHE, or give anchor=cpu"
         ) from error
     with opened(path) as file:

@@ -66,7 +66,7 @@ def panels_of(run: RunFolder) -> list[Panel]:
 
     penalties = [key for key in run.keys("train") if key.startswith("penalty/")]
     shares = [key for key in run.keys("train") if key.startswith("penalty_share/")]
-    apart = ("penalty/", "penalty_share/", "average/")
+    apart = ("penalty/", "penalty_share/", "average/", "mixout/")
     noted = [key for key in run.keys("train") if "/" in key and not key.startswith(apart)]
     unit = loss_unit(run.record).replace("token", "supervised token")
     panels = [

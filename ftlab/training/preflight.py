@@ -86,9 +86,11 @@ class SavedTensors:
             self._sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def _count_inputs(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _count_inputs(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Below the lowest block that trains nothing is recomputed, so nothing is kept.
+        trains = any(parameter.requires_grad for parameter in block.parameters())
         for value in inputs:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and (trains or value.requires_grad):
                 self._count(value)
 
     @contextlib.contextmanager

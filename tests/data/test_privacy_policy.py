@@ -66,3 +66,14 @@ def test_the_pinned_file() -> None:
     groups = [{record.group for record in side} for side in sides]
     assert len(set.union(*groups)) == sum(map(len, groups))
     assert [len(side) for side in sides] == [8564, 1278, 1077]
+
+
+def test_a_long_text_is_cut_in_the_users_message_also_behind_a_system_message(tmp_path: Path) -> None:
+    rows = [(f"Clause {i} of many words.", "Is it?", "True" if i % 2 else "False") for i in range(40)]
+    config = LabelledDataConfig(source="privacy_policy", train=str(file(tmp_path, rows)))
+    config.instruction, config.system = "True or false?", "Be short."
+    record = load_records(config)[0].train[0]
+    shorter = record.shortened(lambda text: text[:6])
+    assert shorter is not None
+    assert [message.content for message in shorter.messages[:2]] == ["Be short.", "True or false?\n\nClause\nIs it?"]
+    assert shorter.reference == record.reference

@@ -54,3 +54,9 @@ def test_less_is_kept_the_more_is_frozen() -> None:
 @pytest.mark.parametrize("config", [FullConfig(), LoRAConfig(rank=2)], ids=["full", "lora"])
 def test_checkpointing_keeps_the_inputs_of_the_blocks(config: MethodConfig) -> None:
     assert measured(config, recompute=True) < measured(config) / 2
+
+
+def test_checkpointing_keeps_nothing_of_frozen_blocks_below_what_trains() -> None:
+    assert measured(FreezeConfig(frozen_fraction=0.5), recompute=True) < measured(FullConfig(), recompute=True)
+    top = measured(FreezeConfig(frozen_fraction=1))
+    assert measured(FreezeConfig(frozen_fraction=1), recompute=True) == top, "no block is recomputed"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ftlab.assets import describe, resolve
 from ftlab.config import LabelledDataConfig
-from ftlab.data.labelled import labelled_record, names_of
+from ftlab.data.labelled import labelled_record, without_unlearnt
 from ftlab.data.records import Record, SourceInfo, Splits
 from ftlab.data.sources.files import decode_utf8, parse_json
 from ftlab.data.sources.home_words import LISTS, NAMES
@@ -31,7 +31,6 @@ __all__ = [
     "load_home_intents",
     "read_home_intents",
     "template_sentences",
-    "without_unlearnt",
 ]
 
 PACKAGE = "pypi:home-assistant-intents==2026.10.27/home_assistant_intents/data"
@@ -121,7 +120,8 @@ def _sentences(content: Any) -> list[_Sentence]:
     found: dict[str, _Sentence] = {}
     for intent, template, domains in _templates(content):
         names = [name for domain in domains for name in NAMES[language].get(domain, "").split(", ") if name]
-        for text in template_sentences(template, {**named, "{name}": Choice(tuple(dict.fromkeys(names)))}, apart):
+        known = {**named, "{name}": Choice(tuple(dict.fromkeys(names)))} if names else named
+        for text in template_sentences(template, known, apart):
             sentence = found.setdefault(normalize_phrase(text), _Sentence(text))
             sentence.intents.add(intent)
             sentence.templates.append(template)
@@ -137,6 +137,7 @@ def _templates(content: Any) -> Iterator[tuple[str, str, Sequence[str]]]:
             templates = _member(block, "sentences", list, intent)
             said = [block.get(key) or {} for key in ("requires_context", "slots")]
             domains = next((part["domain"] for part in said if "domain" in part), list(NAMES["en"]))
+            domains = domains.get("value", []) if isinstance(domains, dict) else domains
             for template in templates:
                 yield intent, template, [domains] if isinstance(domains, str) else domains
 
@@ -181,7 +182,7 @@ def load_home_intents(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     splits, unlearnt = without_unlearnt(splits)
     notes = {
         f"{shared} sentences that two intents have were left out": shared,
-        f"left out, as training has no template of them: {', '.join(unlearnt)}": unlearnt,
+        **dict.fromkeys(unlearnt, True),
         "this is not a pinned file: scores are not comparable with published ones": expected is None,
     }
     info = SourceInfo(
@@ -196,12 +197,3 @@ def load_home_intents(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
         notes=tuple(note for note, applies in notes.items() if applies),
     )
     return splits, info
-
-
-def without_unlearnt(splits: Splits) -> tuple[Splits, list[str]]:
-    """Validation and test without the labels that training lacks, and those: an intent may have one template alone."""
-    known = {name for record in splits.train for name in names_of(record)}
-    held_out = [*splits.validation, *splits.test]
-    unlearnt = sorted({name for record in held_out for name in names_of(record)} - known)
-    validation, test = ([r for r in side if names_of(r) <= known] for side in (splits.validation, splits.test))
-    return Splits(splits.train, validation, test), unlearnt

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ftlab.assets import describe, resolve
 from ftlab.config import LabelledDataConfig
-from ftlab.data.labelled import labelled_record
+from ftlab.data.labelled import labelled_record, without_unlearnt
 from ftlab.data.records import Record, SourceInfo, Splits
 from ftlab.data.splits import connect_groups, normalize_phrase, split_records
 from ftlab.errors import FtlabError
@@ -102,7 +102,9 @@ def load_icd10_chapter(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     pinned = (sha256 := str(describe(config.train)["sha256"])) == SHA256
     if pinned and len(records) != EXPECTED:
         raise FtlabError(f"{path}: expected {EXPECTED} records of the pinned file, got {len(records)}")
+    splits, unlearnt = without_unlearnt(split_records(records, config))
     notes = {
+        **dict.fromkeys(unlearnt, True),
         f"{repeated} codes repeat the description of another one of their chapter and were left out": repeated,
         f"{contradicted} codes with a description that stands in two chapters were left out": contradicted,
         "this is not the pinned file: scores are not comparable with published ones": not pinned,
@@ -118,4 +120,4 @@ def load_icd10_chapter(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
         sha256=sha256,
         notes=tuple(note for note, applies in notes.items() if applies),
     )
-    return split_records(records, config), info
+    return splits, info

@@ -38,6 +38,7 @@ LABELS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1
 BODY_CHARACTERS = 2000
 KEY_CHARACTERS = 200  # of the beginning that two copies of one mail share
 
+ENCODED = ("quoted-printable", "base64", "x-uuencode", "uuencode", "uue", "x-uue")
 NOT_TEXT = re.compile(r"<(script|style|head)\b.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
 REPLY = re.compile(r"^\s*(?:(?:re|fw|fwd|aw)\s*(?:\[\d+\])?:\s*)+", re.IGNORECASE)
@@ -58,10 +59,16 @@ def mail_text(raw: str) -> tuple[str, str]:
     body = "\n".join(parts["text/plain"])
     if not body.strip():
         body = html.unescape(TAG.sub(" ", NOT_TEXT.sub(" ", "\n".join(parts["text/html"]))))
-    return " ".join(subject.split()), " ".join(body.split())
+    # U+FFFD, which the archive has where a character was lost, says nothing.
+    subject, body = (" ".join(text.replace("\ufffd", " ").split()) for text in (subject, body))
+    return subject, body
 
 
 def _decoded(part: email.message.Message[Any, Any]) -> str:
+    coding = str(part.get("Content-Transfer-Encoding") or "").strip().lower()
+    if coding not in ENCODED:  # the corpus is text already: what is not encoded must not go through bytes again
+        plain = part.get_payload()
+        return plain if isinstance(plain, str) else ""
     content = part.get_payload(decode=True)
     raw = content if isinstance(content, bytes) else b""
     try:
