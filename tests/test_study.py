@@ -178,7 +178,7 @@ def test_a_setting_that_diverges_loses(
     made = study.study("toy", study.Runs(tmp_path, 1))
     by = {row["name"]: row for row in made["rows"]}
     assert {run["setting"]: run["validation_loss"] for run in by["BitFit"]["tried"]}["optimizer.lr=1e-3"] is None
-    assert by["full"]["words"][-1] == "optimizer.lr=3e-4"
+    assert by["BitFit"]["words"][-1] == "optimizer.lr=3e-4"
     assert "1e-3 (diverged)" in study.page("toy", made)
 
 

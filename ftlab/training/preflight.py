@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,41 +72,33 @@ class SavedTensors:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.bytes = 0
         self._own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        self._sizes: dict[int, int] = {}
+        self._alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    @property
-    def bytes(self) -> int:
-        """Counted so far."""
-        return sum(self._sizes.values())
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
-            self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def _count_inputs(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # Below the lowest block that trains nothing is recomputed, so nothing is kept.
-        trains = any(parameter.requires_grad for parameter in block.parameters())
-        for value in inputs:
-            if isinstance(value, Tensor) and (trains or value.requires_grad):
-                self._count(value)
+    def _save(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        self._alive.add(saved)
+        return saved
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what forward passes inside keep. The graph must still be there at the end: storages are told apart by
-        where they lie."""
-        model: Any = self.model
-        blocks = model.blocks if getattr(model, "checkpoint_blocks", False) else ()
-        handles = [block.register_forward_pre_hook(self._count_inputs) for block in blocks]
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Count what the forward pass inside keeps; its graph must still be there at the end of the block."""
+        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda saved: saved.tensor):
+            yield
+        # Not as it is saved: a checkpointed block in which nothing trains lets its inputs go again.
+        storages = [saved.tensor.untyped_storage() for saved in self._alive]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.bytes = sum(size for place, size in sizes.items() if place not in self._own)
+
+
+class _Saved:
+    """A tensor in autograd's keeping; gone as soon as autograd lets it go."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def check_gradients(model: nn.Module) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ def test_intents_that_training_lacks_are_left_out() -> None:
         return [labelled_record(label, "text", None, label) for label in labels]
 
     splits, unlearnt = without_unlearnt(Splits(records("on", "off"), records("on", "dock"), records("off", "mow")))
-    assert unlearnt == ["dock", "mow"]
+    assert unlearnt == ("left out, as no record of them is in training: dock, mow",)
     assert [[record.id for record in side] for side in (splits.train, splits.validation, splits.test)] == [
         ["on", "off"], ["on"], ["off"],
     ]  # fmt: skip
@@ -152,7 +152,7 @@ def test_another_file_is_said_to_be_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "intents", "note"),
     [
-        ("home_intents", [3473, 388, 405], 41, "training has no template of them: HassVacuumReturnToBase"),
+        ("home_intents", [3473, 388, 405], 41, "no record of them is in training: HassVacuumReturnToBase"),
         ("home_intents_zh", [2640, 337, 296], 40, "3 sentences that two intents have were left out"),
     ],
 )
