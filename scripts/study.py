@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,27 +115,38 @@ def words_of(plan: Study, entry: Entry, more: Sequence[str], seed: int) -> list[
     return [*plan.common, *plan.words_of_group(entry.group), *entry.words, *tuning, *seeds, *more]
 
 
+def climb(
+    length: int, start: int, measure: Callable[[Sequence[int]], dict[int, float]]
+) -> tuple[int, dict[int, float]]:
+    """The place of a ladder with the lowest measure, and all measures: from three on, until they enclose the lowest."""
+    low, high = start, min(start + 3, length)
+    tried: dict[int, float] = {}
+    while True:
+        tried |= measure([place for place in range(low, high) if place not in tried])
+        best = min(tried, key=lambda place: tried[place])
+        if best == low and low > 0:
+            low -= 1
+        elif best == high - 1 and high < length:
+            high += 1
+        else:
+            return best, tried
+
+
 def choose(plan: Study, entry: Entry, taken: Sequence[str], runs: Runs) -> tuple[list[str], list[dict[str, Any]]]:
     """The setting with the lowest validation loss, and all that were tried, in the ladder's order."""
     if not entry.ladder:
         return [*taken], []
-    low, high = entry.start, min(entry.start + 3, len(entry.ladder))
     tried: dict[int, dict[str, Any]] = {}
-    while True:
-        new = {
-            place: runs.submit(words_of(plan, entry, [*taken, entry.ladder[place]], TUNING_SEED))
-            for place in range(low, high)
-            if place not in tried
-        }
-        tried |= {place: future.result() | {"setting": entry.ladder[place]} for place, future in new.items()}
-        losses = {place: run["validation_loss"] for place, run in tried.items()}
-        best = min(losses, key=lambda place: math.inf if losses[place] is None else float(losses[place]))
-        if best == low and low > 0:
-            low -= 1
-        elif best == high - 1 and high < len(entry.ladder):
-            high += 1
-        else:
-            return [*taken, entry.ladder[best]], [tried[place] for place in sorted(tried)]
+
+    def losses(places: Sequence[int]) -> dict[int, float]:
+        words = {place: words_of(plan, entry, [*taken, entry.ladder[place]], TUNING_SEED) for place in places}
+        new = {place: runs.submit(given) for place, given in words.items()}
+        tried.update({place: future.result() | {"setting": entry.ladder[place]} for place, future in new.items()})
+        values = {place: tried[place]["validation_loss"] for place in places}
+        return {place: math.inf if value is None else float(value) for place, value in values.items()}
+
+    best, _ = climb(len(entry.ladder), entry.start, losses)
+    return [*taken, entry.ladder[best]], [tried[place] for place in sorted(tried)]
 
 
 def study(name: str, runs: Runs) -> dict[str, Any]:

@@ -9,7 +9,11 @@ SmolLM2-135M-Instruct with LoRA learns TASKS in order, each run starting from th
 each run all tasks so far are asked, greedily, on their own test splits. Each of WAYS holds the model to what it knew.
 Its strength is the one with the highest mean exact match on the validation splits of the first two tasks, after the
 second, on a seed that is used for nothing else; where the best is at the edge of those tried, the next one beyond is
-tried too. What ended is kept in --work, so the same command goes on where it was stopped.
+tried too.
+
+This takes a night on two cores. What ended is kept in --work, with the record so far, so the same command goes on where
+it was stopped; when it stops, the record goes to docs/results, from where another machine goes on. The page counts the
+seeds for which all ways have ended, if there are two or more.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import commit, how, interval, spread  # noqa: E402
+from study import climb, commit, how, interval, spread  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED  # noqa: E402
 
 from ftlab.files import atomic_write  # noqa: E402
@@ -44,18 +49,18 @@ RECORD, PAGE = ROOT / "docs/results/continual.json", ROOT / "docs/results/contin
 
 COMMON = (
     *("model=smollm2_135m", "method=lora", "method.rank=16", "method.alpha=32", "data.template=chatml"),
-    *("data.max_length=160", "data.row_length=512", "data.packing=true", "data.pad_rows=true", "data.batch_size=1"),
-    *("data.micro_batch_size=1", "data.limit_validation=100", "data.limit_test=200", "optimizer.lr=1e-3"),
-    *("schedule=cosine", "precision=bf16", "training.max_steps=40", "training.preflight=false", "parallel.threads=1"),
-    *("evaluation.times=1", "evaluation.baseline=false", "evaluation.max_new_tokens=24", "checkpoint.metric=loss"),
-    "tracking=disabled",
+    *("data.max_length=96", "data.row_length=512", "data.packing=true", "data.pad_rows=true", "data.batch_size=1"),
+    *("data.micro_batch_size=1", "data.limit_validation=100", "data.limit_test=150", "optimizer.lr=1e-3"),
+    *("schedule=cosine", "precision=bf16", "training.preflight=false", "parallel.threads=1", "evaluation.times=0"),
+    *("evaluation.test=false", "evaluation.baseline=false", "evaluation.max_new_tokens=24"),
+    *("checkpoint.load_best=false", "tracking=disabled"),
 )
 LEGAL = "Does the clause of a privacy policy answer the question? Answer True or False."
 SPAM = "Is this mail spam or ham?"
 TASKS = {
-    "medical": ("data=hpo_lay_to_clinical", "data.too_long=drop"),
-    "legal": ("data=privacy_policy", f"data.instruction={LEGAL}", "data.too_long=truncate"),
-    "spam": ("data=spam_assassin", f"data.instruction={SPAM}", "data.too_long=truncate"),
+    "medical": ("data=hpo_lay_to_clinical", "data.too_long=drop", "training.max_steps=100"),
+    "legal": (*("data=privacy_policy", f"data.instruction={LEGAL}", "data.too_long=drop", "training.max_steps=200"),),
+    "spam": (*("data=spam_assassin", f"data.instruction={SPAM}", "data.too_long=truncate", "training.max_steps=60"),),
 }
 
 
@@ -142,72 +147,128 @@ def command(module: str, words: Sequence[str]) -> None:
         raise SystemExit(f"{shlex.join(full)}\n{done.stderr}")
 
 
-def validated(work: Path, way: str, setting: str) -> float:
-    """Mean validation exact match on the first two tasks after the second."""
-    chain = Chain(work, way, setting, TUNING_SEED)
-    chain.learn(0)
-    chain.learn(1)
-    return statistics.mean(chain.score(task, 1, "validation")["exact_match"] for task in (0, 1))
+class Record:
+    """The record, written anew as each strength and each chain of runs ends.
+
+    Meanwhile it lies in the work folder: a change to the one in docs/results would make the runs' tree dirty.
+    """
+
+    def __init__(self, work: Path, command: str) -> None:
+        self.lock = threading.Lock()
+        self.file = work / RECORD.name
+        plan = {
+            "common": list(COMMON),
+            "tasks": {name: list(words) for name, words in TASKS.items()},
+            "ways": {name: [*way.words, *way.ladder] for name, way in WAYS.items()},
+        }
+        rows = [{"name": way, "setting": None, "tried": {}, "runs": []} for way in WAYS]
+        self.content: dict[str, Any] = {"format": 1, "command": command, **plan, "rows": rows}
+        begun = self.file if self.file.is_file() else RECORD
+        if begun.is_file():
+            self.content = json.loads(begun.read_text("utf-8"))
+            if {key: self.content[key] for key in plan} != plan:
+                raise SystemExit(f"{begun} is of other words than this script has; move it away to begin anew")
+
+    def row(self, way: str) -> dict[str, Any]:
+        """What is known of a way."""
+        return next(row for row in self.content["rows"] if row["name"] == way)
+
+    def save(self) -> None:
+        """Write it."""
+        atomic_write(self.file, self.text())
+
+    def text(self) -> str:
+        """As it is written."""
+        return json.dumps(self.content, indent=1) + "\n"
 
 
-def choose(work: Path, way: str, pool: concurrent.futures.Executor) -> tuple[str | None, dict[str, float]]:
-    """The strength of a way, and what was tried."""
-    ladder = WAYS[way].ladder
-    if not ladder:
-        return None, {}
-    low, high = WAYS[way].start, WAYS[way].start + 3
-    tried: dict[int, float] = {}
-    while True:
-        new = {p: pool.submit(validated, work, way, ladder[p]) for p in range(low, high) if p not in tried}
-        tried |= {place: future.result() for place, future in new.items()}
-        best = max(tried, key=lambda place: tried[place])
-        if best == low and low > 0:
-            low -= 1
-        elif best == high - 1 and high < len(ladder):
-            high += 1
-        else:
-            return ladder[best], {ladder[place]: tried[place] for place in sorted(tried)}
+class Plan:
+    """What is still to be run, and where it goes."""
+
+    def __init__(self, work: Path, jobs: int, record: Record) -> None:
+        self.work, self.record = work, record
+        self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
+        # The first task's run is shared, so no two chains may make it at once.
+        self.firsts = {seed: threading.Lock() for seed in (TUNING_SEED, *SEEDS)}
+
+    def chain(self, way: str, setting: str | None, seed: int) -> Chain:
+        """A chain whose first task is learnt."""
+        chain = Chain(self.work, way, setting, seed)
+        with self.firsts[seed]:
+            chain.learn(0)
+        return chain
+
+    def validated(self, way: str, setting: str) -> float:
+        """Mean validation exact match on the first two tasks after the second."""
+        row = self.record.row(way)
+        if setting not in row["tried"]:
+            chain = self.chain(way, setting, TUNING_SEED)
+            chain.learn(1)
+            value = statistics.mean(chain.score(task, 1, "validation")["exact_match"] for task in (0, 1))
+            print(f"{setting}: {value:.1f}", flush=True)
+            with self.record.lock:
+                row["tried"][setting] = value
+                self.record.save()
+        return float(row["tried"][setting])
+
+    def choose(self, way: str) -> None:
+        """Put a way's strength into the record."""
+        ladder, row = WAYS[way].ladder, self.record.row(way)
+        if row["setting"] is not None or not ladder:
+            return
+
+        def least(places: Sequence[int]) -> dict[int, float]:
+            new = {place: self.pool.submit(self.validated, way, ladder[place]) for place in places}
+            return {place: -future.result() for place, future in new.items()}
+
+        best, tried = climb(len(ladder), WAYS[way].start, least)
+        with self.record.lock:
+            row["tried"] = {ladder[place]: -tried[place] for place in sorted(tried)}
+            row["setting"] = ladder[best]
+            self.record.save()
+
+    def run_chain(self, way: str, seed: int) -> None:
+        """Learn all tasks; exact match and loss on each after each."""
+        row = self.record.row(way)
+        chain = self.chain(way, row["setting"], seed)
+        after = {}
+        for place, name in enumerate(TASKS):
+            chain.learn(place)
+            after[name] = {other: chain.score(task, place, "test") for task, other in enumerate([*TASKS][: place + 1])}
+        records = [chain.learn(place) for place in (1, 2)]
+        sides = {key: records[-1][key] for key in ("commit", "dirty", "device", "packages")}
+        peak = max(record["memory"]["peak_rss"] for record in records)
+        shown = {k: [round(s["exact_match"], 1) for s in v.values()] for k, v in after.items()}
+        print(way, row["setting"], f"seed {seed}:", shown, flush=True)
+        with self.record.lock:
+            row["runs"] = sorted([*row["runs"], {"seed": seed, "after": after, "peak_rss": peak, **sides}], key=by_seed)
+            self.record.save()
 
 
-def run_chain(work: Path, way: str, setting: str | None, seed: int) -> dict[str, Any]:
-    """Learn all tasks; exact match on each after each."""
-    chain = Chain(work, way, setting, seed)
-    after = {}
-    for place, name in enumerate(TASKS):
-        chain.learn(place)
-        after[name] = {other: chain.score(task, place, "test") for task, other in enumerate([*TASKS][: place + 1])}
-    peak = max(chain.learn(place)["memory"]["peak_rss"] for place in (1, 2))
-    print(
-        way, setting, seed, {k: [round(s["exact_match"], 1) for s in v.values()] for k, v in after.items()}, flush=True
-    )
-    return {"seed": seed, "after": after, "peak_rss": peak}
+def by_seed(run: dict[str, Any]) -> int:
+    """To sort by."""
+    return int(run["seed"])
 
 
 def study(work: Path, jobs: int) -> dict[str, Any]:
-    """Choose strengths, run the seeds, and make the record."""
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        # The first task first: its run is shared, so no two chains may make it at once.
-        firsts = [pool.submit(Chain(work, "EWC", None, seed).learn, 0) for seed in (TUNING_SEED, *SEEDS)]
-        first, *_ = [future.result() for future in firsts]
-        rows = []
-        for way in WAYS:
-            setting, tried = choose(work, way, pool)
-            print(f"{way}: {setting} {tried}", flush=True)
-            futures = [pool.submit(run_chain, work, way, setting, seed) for seed in SEEDS]
-            rows.append((way, setting, tried, futures))
-        made = [
-            {"name": way, "setting": setting, "tried": tried, "runs": [future.result() for future in futures]}
-            for way, setting, tried, futures in rows
+    """Choose strengths and run the seeds, as far as the record does not have them yet; the record."""
+    work.mkdir(parents=True, exist_ok=True)
+    plan = Plan(work, jobs, Record(work, f"python scripts/study_continual.py --run --jobs {jobs}"))
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(WAYS)) as waiting:
+            list(waiting.map(plan.choose, WAYS))
+        missing = [
+            plan.pool.submit(plan.run_chain, way, seed)
+            for seed in SEEDS
+            for way in WAYS
+            if seed not in map(by_seed, plan.record.row(way)["runs"])
         ]
-    keys = ("commit", "dirty", "device", "packages", "model")
-    return {
-        "format": 1,
-        "command": f"python scripts/study_continual.py --run --jobs {jobs}",
-        **{key: first[key] for key in keys},
-        "common": list(COMMON),
-        "tasks": {name: list(words) for name, words in TASKS.items()},
-        "rows": made,
-    }
+        for future in missing:
+            future.result()
+    finally:
+        plan.pool.shutdown(cancel_futures=True)
+        atomic_write(RECORD, plan.record.text())
+    return plan.record.content
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -243,23 +304,38 @@ def table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def whole(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the seeds for which all ways have ended; None with fewer than two."""
+    seeds = set.intersection(*({run["seed"] for run in row["runs"]} for row in record["rows"]))
+    if len(seeds) < 2:
+        return None
+    rows = [row | {"runs": [run for run in row["runs"] if run["seed"] in seeds]} for row in record["rows"]]
+    return record | {"rows": rows}
+
+
 def page(record: dict[str, Any]) -> str:
     """The page: the table, and how it came about."""
     first = record["rows"][0]["runs"]
     learnt = spread([run["after"]["medical"]["medical"]["exact_match"] for run in first])
+    seeds = ", ".join(str(run["seed"]) for run in first)
+    missing = ", ".join(str(seed) for seed in SEEDS if seed not in map(by_seed, first))
+    steps = [
+        next(word.partition("=")[2] for word in words if "max_steps" in word) for words in record["tasks"].values()
+    ]
     lines = [
         "# Medical, then legal, then spam",
         "",
         "<!-- Written by scripts/study_continual.py from continual.json. -->",
         "",
         *textwrap.wrap(
-            "SmolLM2-135M-Instruct with LoRA of rank 16 learns three tasks, one after the other, 40 steps of 512 "
-            "tokens each: the clinical term of a layperson's phrase (HPO), whether a clause of a privacy policy "
-            "answers a question (True or False), and whether a mail is spam. Each run starts from the adapter of the "
-            "one before. Exact match of greedy answers to held-out examples of each task, in percent, mean ± standard "
-            f"deviation over seeds {', '.join(map(str, SEEDS))}. After the first task alone medical is at {learnt}, "
-            "for all rows. Lost: how much lower a task is at the end than right after it was learnt. Differences are "
-            "taken seed by seed, with their 95 % interval (Student's t).",
+            "SmolLM2-135M-Instruct with LoRA of rank 16 learns three tasks, one after the other: the clinical term of "
+            "a layperson's phrase (HPO), whether a clause of a privacy policy answers a question (True or False; half "
+            "are right by chance), and whether a mail is spam (its first 96 tokens). They take "
+            f"{', '.join(steps)} steps of 512 tokens. Each run starts from the adapter of the one before. Exact match "
+            "of greedy answers to 150 held-out examples of each task, in percent, mean ± standard deviation over seeds "
+            f"{seeds}{f' (of seeds {missing} not all is run yet)' if missing else ''}. After the first task alone "
+            f"medical is at {learnt}, for all rows. Lost: how much lower a task is at the end than right after it was "
+            "learnt. Differences are taken seed by seed, with their 95 % interval (Student's t).",
             118,
         ),
         "",
@@ -268,12 +344,15 @@ def page(record: dict[str, Any]) -> str:
         *textwrap.wrap(
             "A strength had the highest mean exact match on the validation splits of the first two tasks, after the "
             f"second, of those in brackets, on seed {TUNING_SEED}, which is in no row. EWC's Fisher information is of "
-            "100 examples, labels drawn from the model. With replay a part of the 40 steps goes to old examples.",
+            "100 examples, labels drawn from the model. With replay a part of the steps goes to old examples.",
             118,
         ),
-        *how(record),
+        *how({**first[0], "command": record["command"], "common": record["common"]}),
         "",
     ]
+    made = {(run["commit"][:10], run["device"]["name"]) for row in record["rows"] for run in row["runs"]}
+    if len(made) > 1:
+        lines += [f"Commits and machines of the runs: {'; '.join(' on '.join(pair) for pair in sorted(made))}.", ""]
     lines += [f"- {name}: `{shlex.join(words)}`" for name, words in record["tasks"].items()]
     return "\n".join([*lines, "", "Record: [continual.json](continual.json)."]) + "\n"
 
@@ -288,11 +367,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.run:
         with tempfile.TemporaryDirectory() as temporary:
-            record = study((arguments.work or Path(temporary)).resolve(), arguments.jobs)
-        atomic_write(RECORD, json.dumps(record, indent=1) + "\n")
-    if not RECORD.is_file():
+            study((arguments.work or Path(temporary)).resolve(), arguments.jobs)
+    record = whole(json.loads(RECORD.read_text("utf-8"))) if RECORD.is_file() else None
+    if record is None:
         return 0
-    text = page(json.loads(RECORD.read_text("utf-8")))
+    text = page(record)
     if arguments.check:
         return 0 if PAGE.is_file() and PAGE.read_text("utf-8") == text else 1
     atomic_write(PAGE, text)

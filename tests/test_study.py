@@ -219,33 +219,47 @@ def test_each_way_names_all_earlier_runs_and_starts_from_the_last(continual: Mod
     assert not [word for word in chain.words(0) if "replay" in word or "start_from" in word]
 
 
-def test_the_chain_asks_each_task_after_each_and_the_page_counts_what_was_lost(
-    continual: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked: list[str] = []
+class Chained:
+    """Stands for the commands of the chain: what is left of a task depends on the way alone, and on the seed."""
 
-    def command(module: str, words: Sequence[str]) -> None:
-        named = dict(
-            word.split("=", 1) for word in words if word.split("=", 1)[0] in ("run_dir", "run", "adapter", "out")
-        )
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.trained: list[str] = []
+
+    def __call__(self, module: str, words: Sequence[str]) -> None:
+        keys = ("run_dir", "run", "adapter", "out")
+        named = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in keys)
         if module == "ftlab.train":
             folder = Path(named["run_dir"])
+            self.trained.append("/".join(folder.parts[-3:]))
             folder.mkdir(parents=True)
             (folder / "run.json").write_text(json.dumps(run_record(1.0, 50.0)))
         elif module == "ftlab.fisher":
             Path(named["run"], "fisher.safetensors").touch()
         else:
             task, after = Path(named["run"]).name, Path(named["adapter"]).parent
-            asked.append(f"{task} after {after.name}")
+            self.asked.append(f"{task} after {after.name}")
             kept = {"nothing": 10.0, "LwF-1": 25.0, "EWC-100": 40.0, "replay-0.2": 45.0}
-            way = after.parent.name
-            value = 60.0 if task == after.name else kept.get(way, 5.0)
+            value = 60.0 if task == after.name else kept.get(after.parent.name, 5.0)
             seed = float(Path(named["out"]).parents[1].name.partition("-")[2])
             scores = {name: {"value": value + seed} for name in ("exact_match", "loss")}
             Path(named["out"]).write_text(json.dumps({"scores": {"after": scores}}))
 
-    monkeypatch.setattr(continual, "command", command)
-    made = continual.study(tmp_path, 1)
+
+@pytest.fixture
+def chained(continual: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Chained:
+    commands = Chained()
+    monkeypatch.setattr(continual, "command", commands)
+    monkeypatch.setattr(continual, "RECORD", tmp_path / "continual.json")
+    monkeypatch.setattr(continual, "PAGE", tmp_path / "continual.md")
+    return commands
+
+
+def test_the_chain_asks_each_task_after_each_and_the_page_counts_what_was_lost(
+    continual: ModuleType, chained: Chained, tmp_path: Path
+) -> None:
+    assert continual.main(["--run", "--work", str(tmp_path / "work")]) == 0
+    made = json.loads((tmp_path / "continual.json").read_text())
     settings = {row["name"]: row["setting"] for row in made["rows"]}
     assert settings == {
         "nothing": None,
@@ -253,9 +267,44 @@ def test_the_chain_asks_each_task_after_each_and_the_page_counts_what_was_lost(
         "LwF": "regularizer.lwf.strength=1",
         "replay": "regularizer.replay.share=0.2",
     }
-    assert {"medical after spam", "legal after spam", "spam after spam", "medical after legal"} <= set(asked)
-    text = continual.page(made)
+    assert {"medical after spam", "legal after spam", "spam after spam", "medical after legal"} <= set(chained.asked)
+    text = (tmp_path / "continual.md").read_text()
     # (10 + 10 + 60) / 3 and (45 + 45 + 60) / 3, plus the seeds' mean 2; lost 60 - 10 and 60 - 45
     assert "| nothing | 12.0 ± 1.6 | 12.0 ± 1.6 | 62.0 ± 1.6 | 28.7 ± 1.6 |  | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
     assert "| +23.3 [+23.3, +23.3] | 15.0 ± 0.0 | 15.0 ± 0.0 | 1.00 | `regularizer.replay.share=0.2` [" in text
     assert sys.executable not in text
+    assert continual.main(["--check"]) == 0
+
+
+def test_a_stopped_chain_goes_on_elsewhere_and_its_page_names_the_missing_seeds(
+    continual: ModuleType, chained: Chained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = len(continual.study(tmp_path / "one", 1)["rows"][0]["runs"])
+    record, page = tmp_path / "continual.json", tmp_path / "continual.md"
+    made = json.loads(record.read_text())
+    ewc, replay = made["rows"][1], made["rows"][3]
+    replay["runs"] = replay["runs"][:2]
+    ewc["setting"], ewc["tried"] = None, {key: value for key, value in ewc["tried"].items() if key.endswith("=10")}
+    record.write_text(json.dumps(made))
+
+    assert continual.main([]) == 0
+    text = " ".join(page.read_text().split())
+    assert "over seeds 0, 1 (of seeds 2, 3, 4 not all is run yet)" in text
+    chained.trained.clear()
+    again = continual.study(tmp_path / "other", 1)
+    assert again["rows"][1]["setting"] == "regularizer.ewc.strength=100"
+    assert [len(row["runs"]) for row in again["rows"]] == [before] * 4
+    chains = {"/".join(path.split("/")[:2]) for path in chained.trained if not path.endswith("medical")}
+    assert chains == {f"seed-{seed}/replay-0.2" for seed in (2, 3, 4)} | {
+        f"seed-100/EWC-{strength}" for strength in (100, 1000)
+    }
+
+    replay["runs"] = replay["runs"][:1]
+    record.write_text(json.dumps(made))
+    page.unlink()
+    assert continual.main([]) == 0
+    assert not page.exists(), "one seed has no spread"
+
+    monkeypatch.setattr(continual, "COMMON", (*continual.COMMON, "optimizer.lr=1"))
+    with pytest.raises(SystemExit, match=r"continual\.json is of other words"):
+        continual.study(tmp_path / "other", 1)
