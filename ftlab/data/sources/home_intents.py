@@ -14,52 +14,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftlab.assets import describe, resolve
+from ftlab.assets import resolve
 from ftlab.config import LabelledDataConfig
-from ftlab.data.labelled import labelled_record, without_unlearnt
+from ftlab.data.labelled import labelled_record
 from ftlab.data.records import Record, SourceInfo, Splits
 from ftlab.data.sources.files import decode_utf8, parse_json
 from ftlab.data.sources.home_words import LISTS, NAMES
+from ftlab.data.sources.published import Published, pinned_location
 from ftlab.data.sources.sentence_templates import Choice, Draw, Node, draw_sentence, parse_template
-from ftlab.data.splits import connect_groups, normalize_phrase, split_records
+from ftlab.data.splits import connect_groups, normalize_phrase
 from ftlab.errors import FtlabError
 
 __all__ = [
-    "CARD",
-    "EXPECTED",
-    "HOME_LOCATIONS",
+    "SOURCE",
     "load_home_intents",
     "read_home_intents",
     "template_sentences",
 ]
 
 PACKAGE = "pypi:home-assistant-intents==2026.10.27/home_assistant_intents/data"
-SHA256 = {
-    "home_intents": "0b9d606a216b1712409a3d822a8edfb9ff4458e51e421792882ea24e0ce1d456",
-    "home_intents_zh": "aaf4fcca09b3878b56652396275ea69e0d0f44508e06378434538a7a2c0c7054",
-}
-HOME_LOCATIONS = {
-    "home_intents": f"{PACKAGE}/en.json#sha256={SHA256['home_intents']}",
-    "home_intents_zh": f"{PACKAGE}/zh-CN.json#sha256={SHA256['home_intents_zh']}",
-}
-EXPECTED = {SHA256["home_intents"]: 4271, SHA256["home_intents_zh"]: 3273}  # records before the split
+ENGLISH = "0b9d606a216b1712409a3d822a8edfb9ff4458e51e421792882ea24e0ce1d456"
+CHINESE = "aaf4fcca09b3878b56652396275ea69e0d0f44508e06378434538a7a2c0c7054"
+SOURCE = Published(
+    title="Home Assistant intents: command to intent",
+    about="Commands to a smart home with their intent, drawn from the sentence templates of Home Assistant: 4,271 in "
+    "English, 3,273 in Chinese.",
+    licence="CC-BY-4.0 (the templates, https://github.com/OHF-Voice/intents); the package home-assistant-intents that "
+    "carries them is Apache-2.0.",
+    citation="Home Assistant Intents, release 2026.10.27, the Home Assistant authors",
+    version="2026.10.27",
+    url="https://github.com/OHF-Voice/intents",
+    locations={
+        "home_intents": pinned_location(f"{PACKAGE}/en.json", ENGLISH),
+        "home_intents_zh": pinned_location(f"{PACKAGE}/zh-CN.json", CHINESE),
+    },
+    records={ENGLISH: 4271, CHINESE: 3273},
+)
 PER_TEMPLATE = 5
 TRIES = 8  # draws for each sentence that is wanted, before a template counts as having no more
-LICENCE = (
-    "CC-BY-4.0 (the templates, https://github.com/OHF-Voice/intents); the package home-assistant-intents that carries "
-    "them is Apache-2.0."
-)
-CITATION = "Home Assistant Intents, release 2026.10.27, the Home Assistant authors"
-CARD = f"""\
-# Home Assistant intents
-
-Commands to a smart home with their intent, drawn from the sentence templates of Home Assistant.
-
-- Location (English): `{HOME_LOCATIONS["home_intents"]}`
-- Location (Chinese): `{HOME_LOCATIONS["home_intents_zh"]}`
-- Licence: {LICENCE}
-- Citation: {CITATION}
-"""
 Kind = TypeVar("Kind")
 
 
@@ -172,28 +164,5 @@ def _member(holder: Any, key: str, kind: type[Kind], where: str) -> Kind:
 
 def load_home_intents(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     """Fetch, draw and split. Errors: FtlabError if a pinned file gives another number of records."""
-    path = resolve(config.train)
-    records, shared = read_home_intents(path)
-    sha256 = str(describe(config.train)["sha256"])
-    expected = EXPECTED.get(sha256)
-    if expected not in (None, len(records)):
-        raise FtlabError(f"{path}: expected {expected} records of the pinned file, got {len(records)}")
-    splits = split_records(records, config)
-    splits, unlearnt = without_unlearnt(splits)
-    notes = {
-        f"{shared} sentences that two intents have were left out": shared,
-        **dict.fromkeys(unlearnt, True),
-        "this is not a pinned file: scores are not comparable with published ones": expected is None,
-    }
-    info = SourceInfo(
-        name=config.name,
-        title=f"Home Assistant intents: command to intent ({path.stem})",
-        licence=LICENCE,
-        citation=CITATION,
-        version="unknown" if expected is None else "2026.10.27",
-        url="https://github.com/OHF-Voice/intents",
-        location=config.train,
-        sha256=sha256,
-        notes=tuple(note for note, applies in notes.items() if applies),
-    )
-    return splits, info
+    records, shared = read_home_intents(resolve(config.train))
+    return SOURCE.split(config, records, {f"{shared} sentences that two intents have were left out": shared})

@@ -12,35 +12,30 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ftlab.assets import describe, resolve
+from ftlab.assets import resolve
 from ftlab.config import LabelledDataConfig
-from ftlab.data.labelled import labelled_record, without_unlearnt
+from ftlab.data.labelled import labelled_record
 from ftlab.data.records import Record, SourceInfo, Splits
-from ftlab.data.splits import connect_groups, normalize_phrase, split_records
+from ftlab.data.sources.published import Published, pinned_location
+from ftlab.data.splits import connect_groups, normalize_phrase
 from ftlab.errors import FtlabError
 
-__all__ = ["CARD", "EXPECTED", "ICD_LOCATION", "load_icd10_chapter", "read_icd10_chapter"]
+__all__ = ["SOURCE", "load_icd10_chapter", "read_icd10_chapter"]
 
 SHA256 = "f161f8182aff3ce3a2a78e202f8259c08eaee2c670a9e45b0072445c52302935"
-ICD_LOCATION = (
-    f"pypi:simple-icd-10-cm==1.5.0/simple_icd_10_cm/data/icd10c-tabular-April-1-2026.xml#sha256={SHA256}"  # 9.7 MB
+FILE = "pypi:simple-icd-10-cm==1.5.0/simple_icd_10_cm/data/icd10c-tabular-April-1-2026.xml"  # 9.7 MB
+SOURCE = Published(
+    title="ICD-10-CM: description of a code to its chapter",
+    about="Descriptions of the codes of ICD-10-CM with the chapter they stand in: 46,138 records, 22 chapters.",
+    licence="A publication of the US government (NCHS, CDC) after the ICD-10 of the World Health Organization, which "
+    "holds the copyright of that; the package simple-icd-10-cm that carries the file is MIT.",
+    citation="ICD-10-CM, release of April 2026, National Center for Health Statistics, https://www.cdc.gov/nchs/icd",
+    version="April 2026",
+    url="https://www.cdc.gov/nchs/icd/icd-10-cm/files.html",
+    locations={"icd10_chapter": pinned_location(FILE, SHA256)},
+    records={SHA256: 46138},
 )
-EXPECTED = 46138  # records of the pinned file that are used
 CODES = re.compile(r"\s*\([A-Z]\w\w-[A-Z]\w\w\)$")  # the range that ends a chapter's title: (A00-B99)
-LICENCE = (
-    "A publication of the US government (NCHS, CDC) after the ICD-10 of the World Health Organization, which holds "
-    "the copyright of that; the package simple-icd-10-cm that carries the file is MIT."
-)
-CITATION = "ICD-10-CM, release of April 2026, National Center for Health Statistics, https://www.cdc.gov/nchs/icd"
-CARD = f"""\
-# ICD-10-CM
-
-Descriptions of the codes of ICD-10-CM with the chapter they stand in: 46,138 records, 22 chapters.
-
-- Location: `{ICD_LOCATION}`
-- Licence: {LICENCE}
-- Citation: {CITATION}
-"""
 
 
 @dataclass
@@ -97,27 +92,9 @@ def _child(element: ElementTree.Element, tag: str, path: Path) -> str:
 
 def load_icd10_chapter(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     """Fetch, read and split. Errors: FtlabError if the pinned file gives another number of records."""
-    path = resolve(config.train)
-    records, repeated, contradicted = read_icd10_chapter(path)
-    pinned = (sha256 := str(describe(config.train)["sha256"])) == SHA256
-    if pinned and len(records) != EXPECTED:
-        raise FtlabError(f"{path}: expected {EXPECTED} records of the pinned file, got {len(records)}")
-    splits, unlearnt = without_unlearnt(split_records(records, config))
-    notes = {
-        **dict.fromkeys(unlearnt, True),
+    records, repeated, contradicted = read_icd10_chapter(resolve(config.train))
+    left_out = {
         f"{repeated} codes repeat the description of another one of their chapter and were left out": repeated,
         f"{contradicted} codes with a description that stands in two chapters were left out": contradicted,
-        "this is not the pinned file: scores are not comparable with published ones": not pinned,
     }
-    info = SourceInfo(
-        name=config.name,
-        title="ICD-10-CM: description of a code to its chapter",
-        licence=LICENCE,
-        citation=CITATION,
-        version="April 2026" if pinned else "unknown",
-        url="https://www.cdc.gov/nchs/icd/icd-10-cm/files.html",
-        location=config.train,
-        sha256=sha256,
-        notes=tuple(note for note, applies in notes.items() if applies),
-    )
-    return splits, info
+    return SOURCE.split(config, records, left_out)

