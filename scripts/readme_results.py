@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""The tables of results in README.md and two pages of docs/ (PAGES), generated from docs/results/*.json.
+"""The tables of results in README.md and pages of docs/ (PAGES), and the measured lines that experiments begin with.
+
+All of them are generated from docs/results/*.json.
 
     python scripts/readme_results.py                           write the pages' blocks anew
     python scripts/readme_results.py --check                   exit 1 if a block is not what the records give
     python scripts/readme_results.py --record lora_medical RUN...
         first make docs/results/lora_medical.json of finished run folders that differ in their seed alone
 
-A block stands between `<!-- results:NAME -->` and `<!-- /results -->`. A record holds "command", "commit", "device" and
+A block stands between `<!-- results:NAME -->` and `<!-- /results -->`; the block `experiments` has a row for each
+experiment under conf/, whose record has its name. A record holds "command", "commit", "device" and
 "runs": what run.json says of each run, without its folders. Several runs of one commit and configuration are what a
 spread can be stated for, so `--record` refuses others, and runs of a tree with uncommitted changes.
 """
@@ -20,12 +23,16 @@ import re
 import shlex
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "methods" / "freeze.md")
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/performance.md", "docs/experiments.md", "docs/methods/freeze.md")
+)
+EXPERIMENTS = ROOT / "conf" / "experiment"
 sys.path.insert(0, str(ROOT))
 
 from ftlab.files import atomic_write  # noqa: E402
@@ -33,8 +40,10 @@ from ftlab.files import atomic_write  # noqa: E402
 __all__ = ["block", "main", "make_record", "rewrite", "table"]
 
 BLOCK = re.compile(r"(<!-- results:(?P<name>\w+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
-METRICS = {
+METRICS = {  # the first that a run has is the one that is quoted alone
     "exact_match": ("exact match, %", 1),
+    "accuracy": ("accuracy, %", 1),
+    "macro_f1": ("macro F1, %", 1),
     "token_f1": ("token F1, %", 1),
     "bleu": ("BLEU", 1),
     "chrf": ("chrF", 1),
@@ -123,12 +132,77 @@ def sentence(record: dict[str, Any], seeds: str) -> str:
 
 def block(name: str, results: Path, folder: str = "docs/results") -> str:
     """What belongs between the marks of a block. folder: that of the records, as the page names it in links."""
+    if name == "experiments":
+        return f"\n{experiments_table(results, folder)}\n"
     path = results / f"{name}.json"
     if not path.exists():
         return f"Not measured yet: there is no record `docs/results/{name}.json`.\n"
     record = json.loads(path.read_text("utf-8"))
     made = TABLES.get(record["name"], table)(record)
     return f"\n{made}\nRecord: [{name}.json]({folder}/{name}.json)\n\n"
+
+
+# --- experiments -----------------------------------------------------------------------------------------------------
+
+
+def headline(record: dict[str, Any]) -> tuple[str, list[float], list[float]]:
+    """The one metric that is quoted of a record: its words, the values before, and those after."""
+    runs = record["runs"]
+    metric = next(name for name in METRICS if scores_of(runs, "final", name))
+    label = METRICS[metric][0].removesuffix(", %")
+    return label, scores_of(runs, "base", metric), scores_of(runs, "final", metric)
+
+
+def measured(record: dict[str, Any], name: str) -> list[str]:
+    """The comment lines of an experiment that say what came of it."""
+    runs = record["runs"]
+    label, before, after = headline(record)
+    first = f"{statistics.fmean(before):.1f} % before, " if before else ""
+    scores, time = spread(after, 1), spread([minutes(run) for run in runs], 1)
+    seeds = [str(run["seeds"]["training"]) for run in runs]
+    parts = [
+        f"Measured with seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)} at commit {record['commit'][:10]} on",
+        f"{machine(record['device'])}:",
+        f"{label} on {runs[0]['data']['test']} held-out examples {first}{scores[0]} % after"
+        + (f" (sd {scores[1]}, {scores[2]});" if scores[1] else ";"),
+        f"{time[0]} minutes{f' ({time[2]})' if time[2] else ''}, {max(map(peak_gib, runs)):.1f} GiB at the peak.",
+        f"Record: docs/results/{name}.json.",
+    ]
+    text = " ".join(parts)
+    return textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+
+
+def with_header(text: str, lines: Sequence[str]) -> str:
+    """An experiment's file with these lines before its defaults, in place of those that begin with Measured."""
+    comment, mark, settings = text.partition("\ndefaults:")
+    said = comment.split("\n# Measured")[0]
+    return "\n".join([said, *lines]) + mark + settings
+
+
+def experiments_table(results: Path, folder: str) -> str:
+    """A row for each experiment: what it is, and what came of it."""
+    lines = [
+        "| experiment | | score | before | after | minutes | GiB | seeds |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for file in sorted(EXPERIMENTS.glob("*.yaml")):
+        about = next(line for line in file.read_text("utf-8").splitlines() if not line.startswith("# @package"))
+        row = f"| `{file.stem}` | {about.removeprefix('# ').rstrip('.')} |"
+        path = results / f"{file.stem}.json"
+        if not path.exists():
+            lines.append(f"{row} not measured yet | | | | | |")
+            continue
+        record = json.loads(path.read_text("utf-8"))
+        label, before, after = headline(record)
+        mean, sd, _ = spread(after, 1)
+        cells = [f"[{label}, %]({folder}/{path.name})", f"{statistics.fmean(before):.1f}" if before else ""]
+        cells += [f"{mean} ± {sd}" if sd else mean, spread([minutes(run) for run in record["runs"]], 1)[0]]
+        cells += [f"{max(map(peak_gib, record['runs'])):.1f}", str(len(record["runs"]))]
+        lines.append(f"{row} {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- benchmarks ------------------------------------------------------------------------------------------------------
 
 
 def cpu_table(record: dict[str, Any]) -> str:
@@ -258,6 +332,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             content = json.dumps(make_record(options.runs), indent=1, ensure_ascii=False) + "\n"
             atomic_write(options.results / f"{options.record}.json", content)
         stale = [page for page in ([options.readme] if options.readme else PAGES) if update(page, options)]
+        files = [] if options.readme else sorted(EXPERIMENTS.glob("*.yaml"))
+        stale += [file for file in files if update_header(file, options)]
     except (ValueError, OSError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -273,6 +349,17 @@ def update(page: Path, options: argparse.Namespace) -> bool:
     changed = rewrite(text, options.results, folder)
     if changed != text and not options.check:
         atomic_write(page, changed)
+    return changed != text
+
+
+def update_header(file: Path, options: argparse.Namespace) -> bool:
+    """The same of the measured lines of an experiment."""
+    path = options.results / f"{file.stem}.json"
+    lines = measured(json.loads(path.read_text("utf-8")), file.stem) if path.exists() else []
+    text = file.read_text("utf-8")
+    changed = with_header(text, lines)
+    if changed != text and not options.check:
+        atomic_write(file, changed)
     return changed != text
 
 

@@ -425,6 +425,47 @@ def test_the_readme_shows_what_the_records_say() -> None:
     assert load_script().rewrite(text, ROOT / "docs" / "results") == text, "run scripts/readme_results.py"
 
 
+def test_experiments_begin_with_what_their_records_say() -> None:
+    assert load_script().main(["--check"]) == 0, "run scripts/readme_results.py"
+
+
+def test_an_experiment_gets_its_measured_lines_and_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script()
+    experiments, results = tmp_path / "experiment", tmp_path / "results"
+    results.mkdir()
+    experiments.mkdir()
+    monkeypatch.setattr(script, "EXPERIMENTS", experiments)
+    monkeypatch.setattr(script, "PAGES", ())
+    plain = (
+        "# @package _global_\n# A job.\n#   python -m ftlab.train +experiment=job\ndefaults:\n  - _self_\nname: job\n"
+    )
+    file = experiments / "job.yaml"
+    file.write_text(plain)
+    where = ["--results", str(results)]
+    assert script.main([*where, "--check"]) == 0
+    assert (
+        script.block("experiments", results).strip().splitlines()[-1]
+        == "| `job` | A job | not measured yet | | | | | |"
+    )
+
+    runs = [str(fake_run(tmp_path / f"run{seed}", seed, 20.0 + seed)) for seed in (2, 0, 1)]
+    assert script.main([*where, "--record", "job", *runs]) == 0
+    text = file.read_text()
+    said = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# "))
+    assert "Measured with seeds 0, 1, 2 at commit cccccccccc on A CPU, 2 threads, 8 GiB: exact match on 300" in said
+    assert "0.0 % before, 21.0 % after (sd 1.0, 20.0 to 22.0); 4.5 minutes (3.5 to 5.5), 3.0 GiB at the peak." in said
+    assert all(len(line) <= 118 for line in text.splitlines())
+    assert text.endswith("\ndefaults:\n  - _self_\nname: job\n")
+    row = script.block("experiments", results, "results").strip().splitlines()[-1]
+    assert row == "| `job` | A job | [exact match, %](results/job.json) | 0.0 | 21.0 ± 1.0 | 4.5 | 3.0 | 3 |"
+    assert script.main([*where, "--check"]) == 0
+    file.write_text(text.replace("21.0 %", "99.0 %"))
+    assert script.main([*where, "--check"]) == 1, "a figure that was changed by hand"
+    (results / "job.json").unlink()
+    assert script.main(where) == 0
+    assert file.read_text() == plain
+
+
 def test_a_table_is_made_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script()
     page, results = tmp_path / "page.md", tmp_path / "results"
