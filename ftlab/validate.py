@@ -286,7 +286,7 @@ def check_variants(method: LoRAConfig) -> None:
 
 
 def check_quantised(config: Config, method: LoRAConfig) -> None:
-    """NF4 has no kernel of its own, and changes the weights that PiSSA and DoRA take apart."""
+    """Adapters beside NF4 have no kernel, and NF4 changes the weights that PiSSA and DoRA take apart."""
     if method.quantize is None:
         return
     for key, default, other in (("init", "default", method.init == "pissa"), ("dora", "false", method.dora)):
@@ -294,7 +294,7 @@ def check_quantised(config: Config, method: LoRAConfig) -> None:
             raise ConfigError(f"method.{key}: it does not go with method.quantize=nf4; give method.{key}={default}")
     if config.kernels in ("native", "triton"):
         raise ConfigError(
-            f"kernels: {config.kernels} has no kernel for the weights of method.quantize=nf4; use kernels=auto, which "
+            f"kernels: {config.kernels} has no kernel for the adapters of method.quantize=nf4; use kernels=auto, which "
             "leaves them to torch"
         )
     if config.training.compile:

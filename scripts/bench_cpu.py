@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from ftlab_kernels import cpu  # noqa: E402
+from ftlab_kernels import cpu, nf4  # noqa: E402
 from ftlab_kernels.adapted import Adapted  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -84,7 +84,14 @@ def operations(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str,
     def pair(name: str, *inputs: Any) -> dict[str, Callable[[], object]]:
         return {"torch": both(getattr(torch_path, name), *inputs), "native": both(getattr(cpu, name), *inputs)}
 
+    codes = torch.randint(256, (F * D // nf4.BLOCK, nf4.BLOCK // 2), dtype=torch.uint8, generator=generator)
+    quantised = (codes, torch.rand(len(codes), generator=generator), dtype)
+
     return {
+        "nf4_dequantise": {
+            "torch": lambda: nf4.reference(*quantised),
+            "native": lambda: cpu.nf4_dequantise(*quantised),
+        },
         "add_rms_norm": pair("add_rms_norm", x, residual, weight, 1e-5),
         "rope": pair("rope", q, k, cos, sin),
         "swiglu": pair("swiglu", gate, up),

@@ -20,7 +20,8 @@ DoRA (arXiv 2402.09353), `add_magnitude`: with V = W + s B A, and m [out] that t
 
 The norm of each row is detached, as in the paper's section 4.3: a constant for the gradient, made anew in every call.
 
-QLoRA (arXiv 2305.14314), `quantise`: W in 4 bits (`ftlab.methods.nf4`), A and B beside it by torch.
+QLoRA (arXiv 2305.14314), `quantise`: W in 4 bits (`ftlab.methods.nf4`), made again by a kernel; A and B beside it by
+torch.
 
 Differs from PEFT: the base weight keeps its own name (`....q_proj.weight`), s multiplies the r-wide A x instead of the
 out-wide product, and the product is added to W x in the same call; with DoRA's dropout W x and the update are scaled
@@ -144,7 +145,7 @@ class LoRALinear(nn.Linear):
         """The output of a layer that no fused operation takes; dropped: what enters A, None: no update."""
         if self.packed is None or self.merged:
             return self._without(x)
-        out = nf4_linear(x, self.packed, self.bias)
+        out = nf4_linear(x, self.packed, self.bias, self.operators)
         if dropped is None:
             return out
         if self.operators.path != "torch":

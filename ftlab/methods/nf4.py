@@ -18,16 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from ftlab_kernels.nf4 import BLOCK, LEVELS
 from torch import Tensor, nn
+
+from ftlab.operators import TORCH, Operators
 
 __all__ = ["BLOCK", "LEVELS", "NF4Weight", "nf4_linear"]
 
-LEVELS = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-BLOCK = 64  # numbers that share a magnitude
 GROUP = 256  # magnitudes that share a scale
 _AT_ONCE = 1 << 20  # numbers that are dequantised at a time
 
@@ -72,17 +69,20 @@ class NF4Weight(nn.Module):
         """How many rows are dequantised at a time: a multiple of 64, so that they begin with a block."""
         return max(_AT_ONCE // self.shape[1] // BLOCK, 1) * BLOCK
 
-    def dequantise(self, first: int = 0, end: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows first .. end - 1: [end - first, in]. `first` is a multiple of 64."""
+    def dequantise(
+        self,
+        first: int = 0,
+        end: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        operators: Operators = TORCH,
+    ) -> Tensor:
+        """Rows first .. end - 1: [end - first, in], by the kernel of `operators`. `first` is a multiple of 64."""
         rows, columns = self.shape
         end = rows if end is None else min(end, rows)
         blocks = slice(first * columns // BLOCK, -(-end * columns // BLOCK))
-        codes = self.codes[blocks]
-        places = torch.stack((codes >> 4, codes & 15), 2).view(len(codes), BLOCK).long()
-        groups = torch.arange(blocks.start, blocks.stop, device=codes.device) // GROUP
+        groups = torch.arange(blocks.start, blocks.stop, device=self.codes.device) // GROUP
         magnitudes = self.magnitudes[blocks].float() * self.scales[groups] + self.mean
-        levels = torch.tensor(LEVELS, device=codes.device)
-        values = (levels[places] * magnitudes[:, None]).to(dtype)
+        values = operators.nf4_dequantise(self.codes[blocks], magnitudes, dtype)
         return values.view(-1)[: (end - first) * columns].view(end - first, columns)
 
     def extra_repr(self) -> str:
@@ -101,10 +101,10 @@ def _pack(codes: Tensor) -> Tensor:
     return pairs[:, :, 0] << 4 | pairs[:, :, 1]
 
 
-def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None, operators: Operators = TORCH) -> Tensor:
     """x W^T + bias: [..., in] -> [..., out], in x's dtype; the gradient goes to x and the bias."""
     # torch gives Function.apply no types
-    out: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
+    out: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, operators)  # type: ignore[no-untyped-call]
     if bias is not None:
         out = out + bias.to(out.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
@@ -114,24 +114,26 @@ class _Product(torch.autograd.Function):
     """Keeps the quantised weight alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, operators: Operators) -> Tensor:
+        ctx.weight, ctx.operators = weight, operators
         out = x.new_empty(len(x), weight.shape[0])
         step = weight.rows_at_once()
         with torch.autocast(x.device.type, enabled=False):
             for first in range(0, weight.shape[0], step):
-                torch.mm(x, weight.dequantise(first, first + step, x.dtype).t(), out=out[:, first : first + step])
+                rows = weight.dequantise(first, first + step, x.dtype, operators)
+                torch.mm(x, rows.t(), out=out[:, first : first + step])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None
+            return None, None, None
         weight: NF4Weight = ctx.weight
         dx = torch.zeros(len(dy), weight.shape[1], dtype=torch.float32, device=dy.device)
         step = weight.rows_at_once()
         with torch.autocast(dy.device.type, enabled=False):
             for first in range(0, weight.shape[0], step):
-                dx += torch.mm(dy[:, first : first + step], weight.dequantise(first, first + step, dy.dtype))
-        return dx.to(dy.dtype), None
+                rows = weight.dequantise(first, first + step, dy.dtype, ctx.operators)
+                dx += torch.mm(dy[:, first : first + step], rows)
+        return dx.to(dy.dtype), None, None

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from ftlab_kernels import nf4
 from ftlab_kernels.adapted import Adapted
 from torch import Tensor
 
@@ -21,10 +23,14 @@ Rope = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Gate = Callable[[Tensor, Tensor], Tensor]
 LoRALinears = Callable[[Tensor, Sequence[Adapted], float], tuple[Tensor, ...]]
 LinearCrossEntropy = Callable[..., Tensor]  # hidden, weight, labels, chunk, and a smoothing that may be left out
+NF4Dequantise = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 PackedAttention = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
-NAMES = ("rms_norm", "add_rms_norm", "rope", "swiglu", "lora_linears", "linear_cross_entropy", "causal_attention")
+NAMES = (
+    *("rms_norm", "add_rms_norm", "rope", "swiglu", "lora_linears", "linear_cross_entropy", "causal_attention"),
+    "nf4_dequantise",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Operators:
     lora_linears: LoRALinears = torch_path.lora_linears
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
     causal_attention: CausalAttention = torch_path.causal_attention
+    nf4_dequantise: NF4Dequantise = nf4.reference
     packed_attention: PackedAttention | None = None
     taken: Counter[tuple[str, str]] = field(default_factory=Counter, compare=False)
     log: Any = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ftlab_kernels import lora
+from ftlab_kernels import lora, nf4
 from ftlab_kernels.adapted import Adapted
 from ftlab_kernels.check import CheckLog, checked
 from torch import Tensor
@@ -45,6 +45,7 @@ def checked_operators(operators: Operators) -> Operators:
         swiglu=beside("swiglu", torch_path.swiglu),
         causal_attention=beside("causal_attention", rounded_attention),
         lora_linears=beside("lora_linears", lora_linears),
+        nf4_dequantise=beside("nf4_dequantise", nf4.reference),
         linear_cross_entropy=beside("linear_cross_entropy", cross_entropy),
         log=log,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from ftlab_kernels import cpu
+from ftlab_kernels import cpu, nf4
 from ftlab_kernels.adapted import Adapted
 from torch import Tensor
 
@@ -64,6 +64,10 @@ def native_operators(*, required: bool = False) -> Operators:
     def head(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, smoothing: float = 0.0) -> Tensor:
         return linear_cross_entropy(hidden, weight, labels, chunk, smoothing, rows)
 
+    def nf4_dequantise(codes: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
+        fitting = fits("nf4_dequantise", (magnitudes.new_empty(0, dtype=dtype),))
+        return (cpu.nf4_dequantise if fitting else nf4.reference)(codes, magnitudes, dtype)
+
     fused_add = route("add_rms_norm", cpu.add_rms_norm, torch_path.add_rms_norm, 2)
     return Operators(
         path="native",
@@ -74,6 +78,7 @@ def native_operators(*, required: bool = False) -> Operators:
         lora_linears=lora_linears,
         linear_cross_entropy=head,
         causal_attention=route("causal_attention", cpu.causal_attention, torch_path.causal_attention, 3),
+        nf4_dequantise=nf4_dequantise,
         taken=taken,
     )
 

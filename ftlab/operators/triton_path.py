@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from ftlab_kernels import attention, lora
+from ftlab_kernels import attention, lora, nf4
 from ftlab_kernels import linear_cross_entropy as head
 from ftlab_kernels.adapted import Adapted
 from ftlab_kernels.glu import swiglu
@@ -70,6 +70,10 @@ def triton_operators(*, required: bool = False) -> Operators:
         taken["packed_attention", f"torch's {attention.choose_backend(q.device, q.dtype, q.shape[-1])}"] += 1
         return attention.packed_attention(q, k, v, lengths)
 
+    def nf4_dequantise(codes: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
+        fitting = fits("nf4_dequantise", (magnitudes.new_empty(0, dtype=dtype),))
+        return (nf4.nf4_dequantise if fitting else nf4.reference)(codes, magnitudes, dtype)
+
     fused_add = route("add_rms_norm", add_rms_norm, torch_path.add_rms_norm, 2)
     return Operators(
         path="triton",
@@ -80,5 +84,6 @@ def triton_operators(*, required: bool = False) -> Operators:
         lora_linears=lora_linears,
         linear_cross_entropy=cross_entropy,
         packed_attention=packed,
+        nf4_dequantise=nf4_dequantise,
         taken=taken,
     )

@@ -41,7 +41,7 @@ __all__ = [
 ARCHITECTURES = (80, 90)
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may have
 REGISTERS = 65_536  # 32-bit registers of a multiprocessor, which one block may not exceed
-MODULES = ("dropout", "lora", "adamw", "linear_cross_entropy", "norm", "rope", "glu")
+MODULES = ("dropout", "lora", "adamw", "linear_cross_entropy", "norm", "rope", "glu", "nf4")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ftlab_kernels import nf4
 from ftlab_kernels.native import SUFFIXES, call
 from ftlab_kernels.random import GROUP, draw_seed, keep_scale, threshold
 
@@ -30,6 +31,7 @@ __all__ = [
     "cross_entropy_",
     "dropout",
     "lora_linears",
+    "nf4_dequantise",
     "rms_norm",
     "rope",
     "swiglu",
@@ -118,6 +120,18 @@ class _RMSNorm(torch.autograd.Function):
             call("rms_norm_weight", total.dtype, dy, total, rstd, dweight, rows, width)
             dweight = dweight.to(ctx.weight_dtype)
         return dx, dx if ctx.added else None, dweight, None
+
+
+# --- weights of 4 bits ------------------------------------------------------------------------------------------------
+
+
+def nf4_dequantise(codes: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of 4 bits, uint8 [blocks, 32], times fp32 [blocks]: [blocks, 64] of `dtype`, fp32 or bf16."""
+    nf4.check(codes, magnitudes, dtype)
+    out = torch.empty(len(codes), nf4.BLOCK, dtype=dtype)
+    levels = nf4.level_table(codes.device)
+    call("nf4_dequantise", dtype, codes.contiguous(), magnitudes.contiguous(), levels, out, len(codes))
+    return out
 
 
 # --- rotary positions -------------------------------------------------------------------------------------------------

@@ -227,3 +227,17 @@ void FN(cross_entropy)(T *logits, const int64_t *labels, float *losses, int64_t 
         }
     }
 }
+
+// y[64 b + 2 i], y[64 b + 2 i + 1] = the levels of the upper and the lower half of codes[32 b + i], times magnitudes[b].
+void FN(nf4_dequantise)(const uint8_t *codes, const float *magnitudes, const float *levels, T *y, int64_t blocks) {
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        T table[16];
+        for (int k = 0; k < 16; k++) STORE(table + k, levels[k] * magnitudes[b]);
+        for (int64_t i = 0; i < 32; i++) {
+            const uint8_t code = codes[32 * b + i];
+            y[64 * b + 2 * i] = table[code >> 4];
+            y[64 * b + 2 * i + 1] = table[code & 15];
+        }
+    }
+}

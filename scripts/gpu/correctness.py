@@ -169,6 +169,7 @@ def cases(section: Section) -> dict[str, Callable[[], list[Tensor]]]:
         "layer norm": lambda: both(norm.layer_norm(x, gain, None, 1e-5), [x, gain], [up[K]]),
         "swiglu": lambda: swiglu(x, r, up[K]),
         "rope": lambda: rope(section),
+        "nf4": lambda: [nf4_numbers(section, M)],
         "packed attention": lambda: attention(section),
         **{f"adamw, {name}": functools.partial(adamw, section, options) for name, options in ADAMW.items()},
     }
@@ -180,6 +181,13 @@ ADAMW: dict[str, dict[str, Any]] = {
     "split": {"rounding": "split"},
     "8-bit": {"rounding": "stochastic", "states": "8bit"},
 }
+
+
+def nf4_numbers(section: Section, blocks: int) -> Tensor:
+    from ftlab_kernels import nf4
+
+    codes = torch.randint(256, (blocks, 32), device=section.device, dtype=torch.uint8)
+    return nf4.nf4_dequantise(codes, torch.ones(blocks, device=section.device), torch.bfloat16)
 
 
 def swiglu(gate: Tensor, up: Tensor, upstream: Tensor) -> list[Tensor]:

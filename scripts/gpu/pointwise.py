@@ -1,7 +1,8 @@
-"""G9, G10: add + RMSNorm, SwiGLU and RoPE, forward and backward, against torch.compile, torch and Liger; attention."""
+"""G9, G10: add + RMSNorm, SwiGLU, RoPE, forward and backward, against torch.compile, torch, Liger; attention; NF4."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ Contestants = dict[str, Callable[..., Any]]
 
 
 def run(section: Section) -> None:
-    """The three operations; then attention inside packed documents, which has no goal of its own."""
+    """The three operations; then attention inside packed documents and weights of 4 bits, which have no goals."""
     section.measure_limits()
     smoke = section.smoke
     section.item("add_rms_norm", lambda: add_rms_norm(section, *((6, 32) if smoke else (ROWS, WIDTH))), needs=10)
@@ -32,6 +33,7 @@ def run(section: Section) -> None:
     heads = (24, 4, 2, 16) if smoke else (ROWS, HEADS, KV_HEADS, HEAD)
     section.item("rope", lambda: rope(section, *heads), needs=8)
     section.item("attention", lambda: attention(section, *heads), needs=6)
+    section.item("nf4", lambda: nf4_weight(section, 4 if smoke else HIDDEN * WIDTH // 64), needs=6)
 
 
 def document_lengths(total: int, longest: int) -> list[int]:
@@ -162,6 +164,20 @@ def rope(section: Section, tokens: int, heads: int, kv_heads: int, head: int) ->
     extra = found["beyond_outputs_bytes"].get("ours")
     section.figure("G10f", None if extra is None else float(extra), "no device memory to measure")
     return {"shape": {"T": tokens, "H": heads, "K": kv_heads, "E": head}, **found}
+
+
+def nf4_weight(section: Section, blocks: int) -> dict[str, Any]:
+    """A weight of 4 bits in bf16 again, in one go."""
+    from ftlab_kernels import nf4
+
+    codes = torch.randint(256, (blocks, nf4.BLOCK // 2), dtype=torch.uint8, device=section.device)
+    magnitudes = 1 + normal((blocks,), section.device, 0.1).float()
+    functions = {"ours": nf4.nf4_dequantise, "torch": nf4.reference}
+    functions["torch.compile"] = peers.compiled(nf4.reference, smoke=section.smoke)
+    calls = {name: functools.partial(each, codes, magnitudes, torch.bfloat16) for name, each in functions.items()}
+    times = section.bench.compare(calls)
+    ratios = {f"{other} / ours": ratio(times, other, "ours") for other in calls if other != "ours"}
+    return {"shape": {"blocks": blocks}, "times": times, "ratios": ratios}
 
 
 def attention(section: Section, tokens: int, heads: int, kv_heads: int, head: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from ftlab_kernels import cpu, dropout
+from ftlab_kernels import cpu, dropout, nf4
 from ftlab_kernels.adapted import Adapted
 from ftlab_kernels.random import draw_seed, mask_bytes
 from hypothesis import given, settings
@@ -70,6 +70,19 @@ def test_norm(dtype: torch.dtype, shape: tuple[int, int], added: bool, trains: b
 @pytest.mark.parametrize("rows", [None, 1])
 def test_rope(dtype: torch.dtype, shape: tuple[int, int, int, int, int], rows: int | None) -> None:
     rope_case(dtype, shape, rows=rows).judge()
+
+
+@every_dtype
+@pytest.mark.parametrize("blocks", [0, 1, 7, 130])
+def test_nf4(dtype: torch.dtype, blocks: int) -> None:
+    """Bit for bit: one product a number, rounded once."""
+    codes = torch.arange(blocks * 32).mul(37).to(torch.uint8).view(blocks, 32)
+    magnitudes = torch.exp(4 * random(blocks))
+    assert torch.equal(cpu.nf4_dequantise(codes, magnitudes, dtype), nf4.reference(codes, magnitudes, dtype))
+    apart = torch.stack([codes, codes], 1)[:, 0]
+    assert torch.equal(cpu.nf4_dequantise(apart, magnitudes, dtype), nf4.reference(codes, magnitudes, dtype))
+    with pytest.raises(ValueError, match="codes must be uint8"):
+        cpu.nf4_dequantise(codes, torch.ones(blocks + 1), dtype)
 
 
 @every_dtype

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from ftlab_kernels import cpu, dropout, native
+from ftlab_kernels import cpu, dropout, native, nf4
 from ftlab_kernels.random import mask_bytes
 
 from tests.kernels import harness
@@ -67,7 +67,15 @@ def check_sure() -> None:
     torch.testing.assert_close(logits[:, 3].double(), truth, rtol=2**-7, atol=0)
 
 
+def check_nf4() -> None:
+    codes = torch.arange(3 * 32).mul(37).to(torch.uint8).view(3, 32)
+    magnitudes = torch.tensor([0.3, 1.7, 40.0])
+    for dtype in (torch.float32, BF16):
+        assert torch.equal(cpu.nf4_dequantise(codes, magnitudes, dtype), nf4.reference(codes, magnitudes, dtype))
+
+
 CHECKS: dict[str, Callable[[], None]] = {
+    "nf4": check_nf4,
     "norm": lambda: norm_case().judge(),
     "norm alone": lambda: norm_case(added=False).judge(),
     "norm of many rows": lambda: norm_case(shape=(257, 37)).judge(),
@@ -113,6 +121,9 @@ MUTANTS = {
     "no onehot": ("exp_(shifted) * scale - 1.0f", "exp_(shifted) * scale", "cross entropy", "cross entropy bf16"),
     "onehot elsewhere": ("STORE(row + labels[c]", "STORE(row + (labels[c] + 1) % V", "cross entropy"),
     "onehot after rounding": ("exp_(shifted) * scale - 1.0f", "LOAD(row + labels[c]) - 1.0f", "sure"),
+    "halves of a byte swapped": ("2 * i] = table[code >> 4]", "2 * i] = table[code & 15]", "nf4"),
+    "no magnitude": ("levels[k] * magnitudes[b]", "levels[k]", "nf4"),
+    "a level too few": ("k < 16; k++) STORE(table", "k < 15; k++) STORE(table", "nf4"),
     "rounded towards zero": ("? bits >> 16 | 0x40 : nearest", "? bits >> 16 | 0x40 : bits >> 16", "rounding"),
 }
 

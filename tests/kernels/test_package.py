@@ -36,6 +36,7 @@ EXAMPLES = {
     "norm": "norm.layer_norm_reference(ones(3, 4), norm.add_reference(*[ones(4)] * 3, 1e-6)[0], None, 1e-6)",
     "rope": "rope.reference(*[ones(1, 3, 2, 8)] * 2, *[ones(1, 3, 4)] * 2)",
     "attention": "attention.reference(*[ones(5, 2, 8)] * 3, (3, 2))",
+    "nf4": "nf4.reference(torch.zeros(3, 32, dtype=torch.uint8), ones(3), torch.bfloat16)",
     "glu": "glu.geglu_reference(glu.reference(ones(3), ones(3)), ones(3))",
 }
 WITHOUT_TRITON = """

@@ -21,7 +21,7 @@ from ftlab.methods.nf4 import BLOCK, LEVELS, NF4Weight, nf4_linear
 from ftlab.models.checkpoint import save_safetensors
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.loading import load_model
-from ftlab.operators import describe, select
+from ftlab.operators import TORCH, describe, select
 from ftlab.training.preflight import static_memory
 from tests.helpers.models import random_ids, tiny_llama
 from tests.methods.test_peft_folders import RUN, run
@@ -161,13 +161,36 @@ def test_memory_and_the_table_count_the_quantised_weights() -> None:
     assert not quantised_rows(tiny_llama())
 
 
-def test_kernels_auto_tells_that_torch_took_it() -> None:
+@pytest.mark.parametrize("kernels", ["auto", "check"])
+def test_the_kernel_dequantises_and_torch_does_the_adapters(kernels: str) -> None:
     model, _ = qlora()
     expected = model(IDS)
-    operators = select("auto", torch.device("cpu"))[0]
+    operators = select(kernels, torch.device("cpu"))[0]
     model.use(operators)
-    torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
-    assert describe(operators)["lora_linears"] == {"torch, for nf4 weights": 14}
+    found = model(IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    calls = describe(operators)
+    assert calls["lora_linears"] == {"torch, for nf4 weights": 14}
+    # Forward each of 14 layers, backward all but q, k and v of the lowest block, whose input has no gradient.
+    assert calls["nf4_dequantise"] == {"native": 14 + 11}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_are_the_same_bits_by_either_path(dtype: torch.dtype) -> None:
+    weight = NF4Weight(drawn(130, 70))
+    native = select("auto", torch.device("cpu"))[0]
+    x = drawn(5, 70, scale=1.0).to(dtype)
+    results = []
+    for operators in (TORCH, native):
+        own = x.clone().requires_grad_()
+        y = nf4_linear(own, weight, None, operators)
+        y.backward(torch.ones_like(y))
+        results.append((y.detach(), own.grad))
+    for plain, fused in zip(*results, strict=True):
+        assert torch.equal(plain, fused)
+    chosen = "torch, for float64 on cpu" if dtype == torch.float64 else "native"
+    assert list(describe(native)["nf4_dequantise"]) == [chosen]
 
 
 def test_peft_computes_the_same_over_the_dequantised_base(tmp_path: Path) -> None:
@@ -188,7 +211,7 @@ def test_peft_computes_the_same_over_the_dequantised_base(tmp_path: Path) -> Non
     [
         (["method.dora=true"], r"method\.dora: it does not go with method\.quantize=nf4"),
         (["method.init=pissa"], r"method\.init: it does not go with"),
-        (["kernels=native"], r"kernels: native has no kernel for the weights"),
+        (["kernels=native"], r"kernels: native has no kernel for the adapters"),
         (["training.compile=true"], r"training\.compile: true does not go with"),
         (["method.quantize=int3"], r"method\.quantize: 'int3' is none of nf4"),
     ],
