@@ -27,10 +27,8 @@ NF4Dequantise = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 PackedAttention = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
-NAMES = (
-    *("rms_norm", "add_rms_norm", "rope", "swiglu", "lora_linears", "linear_cross_entropy", "causal_attention"),
-    "nf4_dequantise",
-)
+# What every model with adapters goes through; nf4_dequantise serves quantised weights alone.
+NAMES = ("rms_norm", "add_rms_norm", "rope", "swiglu", "lora_linears", "linear_cross_entropy", "causal_attention")
 
 
 @dataclass(frozen=True)
