@@ -207,9 +207,10 @@ def table(rows: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[str]:
     label |= {"token_f1": "token F1, %"}
     reference = [run["scores"][main_score] for run in rows[0]["runs"]]
     against_first = f"{label[main_score]} | against `{rows[0]['name']}`"
+    choice = any(row["tried"] for row in rows)
     lines = [
-        f"| | trained weights | {against_first} | {label[second]} | test loss | GiB | chosen |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| | trained weights | {against_first} | {label[second]} | test loss | GiB |{' chosen |' if choice else ''}",
+        f"|---|---:|---:|---:|---:|---:|---:|{'---|' if choice else ''}",
     ]
     for row in rows:
         runs = row["runs"]
@@ -226,7 +227,7 @@ def table(rows: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[str]:
         share = f"{100 * runs[0]['trained'] / runs[0]['total']:.2f} %"
         lines.append(
             f"| {row['name']} | {share} | {spread(by[main_score])} | {against} "
-            f"| {spread(by[second])} | {spread(by[loss], 2)} | {memory:.2f} | {chosen}{tried} |"
+            f"| {spread(by[second])} | {spread(by[loss], 2)} | {memory:.2f} |{f' {chosen}{tried} |' if choice else ''}"
         )
     return lines
 
@@ -251,9 +252,15 @@ def page(name: str, record: dict[str, Any]) -> str:
     lines = [f"# {plan.title}", "", f"<!-- Written by scripts/study.py from {name}.json. -->", "", *plan.text]
     lines += [
         f"Mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}; differences seed by seed with their 95 %",
-        "interval (Student's t). A setting in the last column had the lowest validation loss of those in brackets, on",
-        f"seed {TUNING_SEED}, which is in no row.",
     ]
+    if any(row["tried"] for row in record["rows"]):
+        lines += [
+            "interval (Student's t). A setting in the last column had the lowest validation loss of those in brackets, "
+            "on",
+            f"seed {TUNING_SEED}, which is in no row.",
+        ]
+    else:
+        lines += ["interval (Student's t)."]
     for group, words in plan.groups:
         rows = [row for row in record["rows"] if row["group"] == group]
         lines += [
