@@ -26,12 +26,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = tuple(
     ROOT / page for page in ("README.md", "docs/performance.md", "docs/experiments.md", "docs/methods/freeze.md")
 )
+MEASURED = "Measured"
 EXPERIMENTS = ROOT / "conf" / "experiment"
 sys.path.insert(0, str(ROOT))
 
@@ -145,26 +146,42 @@ def block(name: str, results: Path, folder: str = "docs/results") -> str:
 # --- experiments -----------------------------------------------------------------------------------------------------
 
 
-def headline(record: dict[str, Any]) -> tuple[str, list[float], list[float]]:
-    """The one metric that is quoted of a record: its words, the values before, and those after."""
+class Headline(NamedTuple):
+    """The one metric that is quoted of a record: its name and unit, before, after, and how the latter spreads."""
+
+    label: str
+    unit: str
+    before: str
+    after: str
+    sd: str
+    between: str
+
+
+def headline(record: dict[str, Any]) -> Headline:
+    """What is quoted of a record. Errors: ValueError if its runs have no metric of METRICS."""
     runs = record["runs"]
-    metric = next(name for name in METRICS if scores_of(runs, "final", name))
-    label = METRICS[metric][0].removesuffix(", %")
-    return label, scores_of(runs, "base", metric), scores_of(runs, "final", metric)
+    metric = next((name for name in METRICS if scores_of(runs, "final", name)), None)
+    if metric is None:
+        raise ValueError(f"the runs of {record['name']} have none of {', '.join(METRICS)}")
+    label, digits = METRICS[metric]
+    name, _, unit = label.partition(", ")
+    before = scores_of(runs, "base", metric)
+    first = f"{statistics.fmean(before):.{digits}f}" if before else ""
+    after, sd, between = spread(scores_of(runs, "final", metric), digits)
+    return Headline(name, f" {unit}" if unit else "", first, after, sd, between)
 
 
 def measured(record: dict[str, Any], name: str) -> list[str]:
     """The comment lines of an experiment that say what came of it."""
     runs = record["runs"]
-    label, before, after = headline(record)
-    first = f"{statistics.fmean(before):.1f} % before, " if before else ""
-    scores, time = spread(after, 1), spread([minutes(run) for run in runs], 1)
+    found, time = headline(record), spread([minutes(run) for run in runs], 1)
+    first = f"{found.before}{found.unit} before, " if found.before else ""
     seeds = [str(run["seeds"]["training"]) for run in runs]
     parts = [
-        f"Measured with seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)} at commit {record['commit'][:10]} on",
+        f"{MEASURED} with seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)} at commit {record['commit'][:10]} on",
         f"{machine(record['device'])}:",
-        f"{label} on {runs[0]['data']['test']} held-out examples {first}{scores[0]} % after"
-        + (f" (sd {scores[1]}, {scores[2]});" if scores[1] else ";"),
+        f"{found.label} on {runs[0]['data']['test']} held-out examples {first}{found.after}{found.unit} after"
+        + (f" (sd {found.sd}, {found.between});" if found.sd else ";"),
         f"{time[0]} minutes{f' ({time[2]})' if time[2] else ''}, {max(map(peak_gib, runs)):.1f} GiB at the peak.",
         f"Record: docs/results/{name}.json.",
     ]
@@ -173,9 +190,14 @@ def measured(record: dict[str, Any], name: str) -> list[str]:
 
 
 def with_header(text: str, lines: Sequence[str]) -> str:
-    """An experiment's file with these lines before its defaults, in place of those that begin with Measured."""
+    """An experiment's file with these lines before its defaults, in place of the ones that said so before.
+
+    Errors: ValueError for a file without a list of defaults.
+    """
     comment, mark, settings = text.partition("\ndefaults:")
-    said = comment.split("\n# Measured")[0]
+    if not mark:
+        raise ValueError("it has no defaults")
+    said = re.sub(rf"\n# {MEASURED} with .*?docs/results/\w+\.json\.(?=\n|$)", "", comment, flags=re.DOTALL)
     return "\n".join([said, *lines]) + mark + settings
 
 
@@ -193,10 +215,10 @@ def experiments_table(results: Path, folder: str) -> str:
             lines.append(f"{row} not measured yet | | | | | |")
             continue
         record = json.loads(path.read_text("utf-8"))
-        label, before, after = headline(record)
-        mean, sd, _ = spread(after, 1)
-        cells = [f"[{label}, %]({folder}/{path.name})", f"{statistics.fmean(before):.1f}" if before else ""]
-        cells += [f"{mean} ± {sd}" if sd else mean, spread([minutes(run) for run in record["runs"]], 1)[0]]
+        found = headline(record)
+        cells = [f"[{found.label},{found.unit}]({folder}/{path.name})".replace(",]", "]"), found.before]
+        cells += [f"{found.after} ± {found.sd}" if found.sd else found.after]
+        cells += [spread([minutes(run) for run in record["runs"]], 1)[0]]
         cells += [f"{max(map(peak_gib, record['runs'])):.1f}", str(len(record["runs"]))]
         lines.append(f"{row} {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -357,7 +379,10 @@ def update_header(file: Path, options: argparse.Namespace) -> bool:
     path = options.results / f"{file.stem}.json"
     lines = measured(json.loads(path.read_text("utf-8")), file.stem) if path.exists() else []
     text = file.read_text("utf-8")
-    changed = with_header(text, lines)
+    try:
+        changed = with_header(text, lines)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if changed != text and not options.check:
         atomic_write(file, changed)
     return changed != text

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Runs:
         self.work, self.jobs = work, jobs
         self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
         self.first: dict[str, Any] = {}
+        self.making: dict[str, threading.Lock] = {}  # rows may share a run, which only one of them may make
         work.mkdir(parents=True, exist_ok=True)
 
     def submit(self, words: Sequence[str], **more: Any) -> concurrent.futures.Future[dict[str, Any]]:
@@ -68,17 +70,9 @@ class Runs:
         """As submit, at once."""
         name = hashlib.sha256(json.dumps([commit(), words]).encode()).hexdigest()[:24]
         file, folder = self.work / f"{name}.json", self.work / name
-        if not file.is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            command = [sys.executable, "-m", "ftlab.train", *words, f"run_dir={folder}"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
-            # A setting that is tried may diverge; it then has no loss and loses.
-            diverged = done.returncode == DivergenceError.exit_code and not more
-            if done.returncode != 0 and not diverged:
-                raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
-            atomic_write(file, "null" if diverged else (folder / "run.json").read_text("utf-8"))
-            shutil.rmtree(folder, ignore_errors=True)
+        with self.making.setdefault(name, threading.Lock()):
+            if not file.is_file():
+                self.make(words, file, folder, may_diverge=not more)
         record = json.loads(file.read_text("utf-8"))
         loss = None if record is None else record["best"]["value"]
         print(f"{'diverged' if loss is None else f'{loss:.4f}'}  {shlex.join(words[-4:])}", flush=True)
@@ -86,6 +80,18 @@ class Runs:
             return {"validation_loss": None}
         self.first = self.first or record
         return {**kept(record), **more}
+
+    def make(self, words: list[str], file: Path, folder: Path, *, may_diverge: bool) -> None:
+        """Train, and keep run.json; null if it diverged and may: a setting that is tried then has no loss and loses."""
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "ftlab.train", *words, f"run_dir={folder}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+        diverged = done.returncode == DivergenceError.exit_code and may_diverge
+        if done.returncode != 0 and not diverged:
+            raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+        atomic_write(file, "null" if diverged else (folder / "run.json").read_text("utf-8"))
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def commit() -> str:

@@ -11,17 +11,19 @@ Its strength is the one with the highest mean exact match on the validation spli
 second, on a seed that is used for nothing else; where the best is at the edge of those tried, the next one beyond is
 tried too.
 
-This takes a night on two cores. What ended is kept in --work, with the record so far, so the same command goes on where
-it was stopped; when it stops, the record goes to docs/results, from where another machine goes on. The page counts the
-seeds for which all ways have ended, if there are two or more.
+This takes a night on two cores. What ended is kept in --work, under the commit, so the same command goes on where it
+was stopped. When it stops, strengths and chains that ended go to docs/results too, from where another machine or
+commit goes on. The page counts the seeds for which all ways have ended, if there are two or more.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shlex
 import statistics
@@ -41,6 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from study import climb, commit, how, interval, spread  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED  # noqa: E402
 
+from ftlab.errors import DivergenceError  # noqa: E402
 from ftlab.files import atomic_write  # noqa: E402
 
 __all__ = ["TASKS", "WAYS", "main", "page"]
@@ -134,8 +137,10 @@ class Chain:
             out.parent.mkdir(parents=True, exist_ok=True)
             adapter = f"adapter={self.run_dir(after)}/adapter"
             command("ftlab.evaluate", [f"run={self.run_dir(task)}", adapter, f"split={split}", f"out={out}"])
-        scores = json.loads(out.read_text("utf-8"))["scores"]["after"]
-        return {name: scores[name]["value"] for name in ("exact_match", "loss")}
+        content = json.loads(out.read_text("utf-8"))
+        scores = content["scores"]["after"]
+        values = {name: scores[name]["value"] for name in ("exact_match", "loss")}
+        return {**values, "examples": len(content["predictions"]["after"])}
 
 
 def command(module: str, words: Sequence[str]) -> None:
@@ -143,6 +148,8 @@ def command(module: str, words: Sequence[str]) -> None:
     full = [sys.executable, "-m", module, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(full, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    if done.returncode == DivergenceError.exit_code:
+        raise DivergenceError(f"{shlex.join(full)}\n{done.stderr}")
     if done.returncode != 0:
         raise SystemExit(f"{shlex.join(full)}\n{done.stderr}")
 
@@ -150,7 +157,8 @@ def command(module: str, words: Sequence[str]) -> None:
 class Record:
     """The record, written anew as each strength and each chain of runs ends.
 
-    Meanwhile it lies in the work folder: a change to the one in docs/results would make the runs' tree dirty.
+    Meanwhile it lies in the work folder: a change to the one in docs/results would make the runs' tree dirty. What
+    either of them has counts. Errors: SystemExit if one is of other words, or has another strength.
     """
 
     def __init__(self, work: Path, command: str) -> None:
@@ -163,11 +171,21 @@ class Record:
         }
         rows = [{"name": way, "setting": None, "tried": {}, "runs": []} for way in WAYS]
         self.content: dict[str, Any] = {"format": 1, "command": command, **plan, "rows": rows}
-        begun = self.file if self.file.is_file() else RECORD
-        if begun.is_file():
-            self.content = json.loads(begun.read_text("utf-8"))
-            if {key: self.content[key] for key in plan} != plan:
-                raise SystemExit(f"{begun} is of other words than this script has; move it away to begin anew")
+        for file in (RECORD, self.file):
+            if file.is_file():
+                self.add(json.loads(file.read_text("utf-8")), plan, file)
+
+    def add(self, other: dict[str, Any], plan: dict[str, Any], file: Path) -> None:
+        """Take over what another record has more."""
+        if {key: other[key] for key in plan} != plan:
+            raise SystemExit(f"{file} is of other words than this script has; move it away to begin anew")
+        for row, more in zip(self.content["rows"], other["rows"], strict=True):
+            if row["setting"] not in (None, more["setting"]) and more["setting"] is not None:
+                raise SystemExit(f"{file} has {more['setting']} where another record has {row['setting']}; keep one")
+            if row["setting"] is None:  # what was tried belongs to the choice
+                row["setting"], row["tried"] = more["setting"], row["tried"] | more["tried"]
+            known = {*map(by_seed, row["runs"])}
+            row["runs"] = sorted([*row["runs"], *(r for r in more["runs"] if by_seed(r) not in known)], key=by_seed)
 
     def row(self, way: str) -> dict[str, Any]:
         """What is known of a way."""
@@ -198,18 +216,21 @@ class Plan:
             chain.learn(0)
         return chain
 
-    def validated(self, way: str, setting: str) -> float:
-        """Mean validation exact match on the first two tasks after the second."""
+    def validated(self, way: str, setting: str) -> float | None:
+        """Mean validation exact match on the first two tasks after the second; None if the second diverged."""
         row = self.record.row(way)
         if setting not in row["tried"]:
+            value = None
             chain = self.chain(way, setting, TUNING_SEED)
-            chain.learn(1)
-            value = statistics.mean(chain.score(task, 1, "validation")["exact_match"] for task in (0, 1))
-            print(f"{setting}: {value:.1f}", flush=True)
+            with contextlib.suppress(DivergenceError):  # such a strength loses
+                chain.learn(1)
+                value = statistics.mean(chain.score(task, 1, "validation")["exact_match"] for task in (0, 1))
+            print(f"{setting}: {'diverged' if value is None else f'{value:.1f}'}", flush=True)
             with self.record.lock:
                 row["tried"][setting] = value
                 self.record.save()
-        return float(row["tried"][setting])
+        found: float | None = row["tried"][setting]
+        return found
 
     def choose(self, way: str) -> None:
         """Put a way's strength into the record."""
@@ -219,11 +240,12 @@ class Plan:
 
         def least(places: Sequence[int]) -> dict[int, float]:
             new = {place: self.pool.submit(self.validated, way, ladder[place]) for place in places}
-            return {place: -future.result() for place, future in new.items()}
+            values = {place: future.result() for place, future in new.items()}
+            return {place: math.inf if value is None else -value for place, value in values.items()}
 
         best, tried = climb(len(ladder), WAYS[way].start, least)
         with self.record.lock:
-            row["tried"] = {ladder[place]: -tried[place] for place in sorted(tried)}
+            row["tried"] = {ladder[place]: row["tried"][ladder[place]] for place in sorted(tried)}
             row["setting"] = ladder[best]
             self.record.save()
 
@@ -235,9 +257,10 @@ class Plan:
         for place, name in enumerate(TASKS):
             chain.learn(place)
             after[name] = {other: chain.score(task, place, "test") for task, other in enumerate([*TASKS][: place + 1])}
-        records = [chain.learn(place) for place in (1, 2)]
-        sides = {key: records[-1][key] for key in ("commit", "dirty", "device", "packages")}
-        peak = max(record["memory"]["peak_rss"] for record in records)
+        records = [chain.learn(place) for place in range(len(TASKS))]
+        sides = {key: records[-1][key] for key in ("commit", "device", "packages")}
+        sides["dirty"] = any(record["dirty"] for record in records)
+        peak = max(record["memory"]["peak_rss"] for record in records[1:])
         shown = {k: [round(s["exact_match"], 1) for s in v.values()] for k, v in after.items()}
         print(way, row["setting"], f"seed {seed}:", shown, flush=True)
         with self.record.lock:
@@ -253,22 +276,33 @@ def by_seed(run: dict[str, Any]) -> int:
 def study(work: Path, jobs: int) -> dict[str, Any]:
     """Choose strengths and run the seeds, as far as the record does not have them yet; the record."""
     work.mkdir(parents=True, exist_ok=True)
-    plan = Plan(work, jobs, Record(work, f"python scripts/study_continual.py --run --jobs {jobs}"))
+    record = Record(work, f"python scripts/study_continual.py --run --jobs {jobs}")
+    before = record.text()
+    plan = Plan(work, jobs, record)
+    waiting = concurrent.futures.ThreadPoolExecutor(len(WAYS))
     try:
-        with concurrent.futures.ThreadPoolExecutor(len(WAYS)) as waiting:
-            list(waiting.map(plan.choose, WAYS))
-        missing = [
-            plan.pool.submit(plan.run_chain, way, seed)
-            for seed in SEEDS
-            for way in WAYS
-            if seed not in map(by_seed, plan.record.row(way)["runs"])
-        ]
-        for future in missing:
-            future.result()
+        together([waiting.submit(plan.choose, way) for way in WAYS])
+        together(
+            [
+                plan.pool.submit(plan.run_chain, way, seed)
+                for seed in SEEDS
+                for way in WAYS
+                if seed not in map(by_seed, record.row(way)["runs"])
+            ]
+        )
     finally:
-        plan.pool.shutdown(cancel_futures=True)
-        atomic_write(RECORD, plan.record.text())
-    return plan.record.content
+        plan.pool.shutdown(cancel_futures=True)  # what has begun ends, and who waits for the rest is told
+        waiting.shutdown()
+        if record.text() != before:
+            atomic_write(RECORD, record.text())
+    return record.content
+
+
+def together(futures: Sequence[concurrent.futures.Future[None]]) -> None:
+    """Wait for all of them. Errors: that of the first that fails, at once."""
+    ended, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+    for future in ended:
+        future.result()
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -295,7 +329,10 @@ def table(record: dict[str, Any]) -> list[str]:
         lost = [[run["after"][task][task]["exact_match"] - at_end(run)[task] for run in runs] for task in tasks[:-1]]
         mean, low, high = interval(means, reference)
         against = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if row["tried"] else ""
-        values = ", ".join(setting.rpartition("=")[2] for setting in row["tried"])
+        values = ", ".join(
+            setting.rpartition("=")[2] + (" (diverged)" if value is None else "")
+            for setting, value in row["tried"].items()
+        )
         cells = [spread([end[task] for end in ends]) for task in tasks]
         cells += [spread(means), against, *map(spread, lost)]
         cells += [f"{statistics.median(run['peak_rss'] for run in runs) / 2**30:.2f}"]
@@ -313,15 +350,22 @@ def whole(record: dict[str, Any]) -> dict[str, Any] | None:
     return record | {"rows": rows}
 
 
+def of(words: Sequence[str], key: str) -> str:
+    """The value of a key among words."""
+    return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
+
+
 def page(record: dict[str, Any]) -> str:
     """The page: the table, and how it came about."""
     first = record["rows"][0]["runs"]
     learnt = spread([run["after"]["medical"]["medical"]["exact_match"] for run in first])
     seeds = ", ".join(str(run["seed"]) for run in first)
+    dirty = any(run["dirty"] for row in record["rows"] for run in row["runs"])
     missing = ", ".join(str(seed) for seed in SEEDS if seed not in map(by_seed, first))
-    steps = [
-        next(word.partition("=")[2] for word in words if "max_steps" in word) for words in record["tasks"].values()
-    ]
+    steps = [of(words, "training.max_steps") for words in record["tasks"].values()]
+    last = first[0]["after"][[*TASKS][-1]]
+    counts = ", ".join(f"{last[task]['examples']}" for task in TASKS)
+    longest = of(record["common"], "data.max_length")
     lines = [
         "# Medical, then legal, then spam",
         "",
@@ -330,9 +374,10 @@ def page(record: dict[str, Any]) -> str:
         *textwrap.wrap(
             "SmolLM2-135M-Instruct with LoRA of rank 16 learns three tasks, one after the other: the clinical term of "
             "a layperson's phrase (HPO), whether a clause of a privacy policy answers a question (True or False; half "
-            "are right by chance), and whether a mail is spam (its first 96 tokens). They take "
-            f"{', '.join(steps)} steps of 512 tokens. Each run starts from the adapter of the one before. Exact match "
-            "of greedy answers to 150 held-out examples of each task, in percent, mean ± standard deviation over seeds "
+            f"are right by chance), and whether a mail is spam. A conversation has at most {longest} tokens: longer "
+            f"clauses are left out, mails lose their end. The tasks take {', '.join(steps)} steps of 512 tokens. Each "
+            "run starts from the adapter of the one before. Exact match of greedy answers to held-out examples "
+            f"({counts} of the three), in percent, mean ± standard deviation over seeds "
             f"{seeds}{f' (of seeds {missing} not all is run yet)' if missing else ''}. After the first task alone "
             f"medical is at {learnt}, for all rows. Lost: how much lower a task is at the end than right after it was "
             "learnt. Differences are taken seed by seed, with their 95 % interval (Student's t).",
@@ -347,7 +392,7 @@ def page(record: dict[str, Any]) -> str:
             "100 examples, labels drawn from the model. With replay a part of the steps goes to old examples.",
             118,
         ),
-        *how({**first[0], "command": record["command"], "common": record["common"]}),
+        *how({**first[0], "dirty": dirty, "command": record["command"], "common": record["common"]}),
         "",
     ]
     made = {(run["commit"][:10], run["device"]["name"]) for row in record["rows"] for run in row["runs"]}

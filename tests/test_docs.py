@@ -459,11 +459,23 @@ def test_an_experiment_gets_its_measured_lines_and_its_row(tmp_path: Path, monke
     row = script.block("experiments", results, "results").strip().splitlines()[-1]
     assert row == "| `job` | A job | [exact match, %](results/job.json) | 0.0 | 21.0 ± 1.0 | 4.5 | 3.0 | 3 |"
     assert script.main([*where, "--check"]) == 0
+    file.write_text(text.replace("\ndefaults:", "\n# A word of the author's.\ndefaults:"))
+    assert script.main(where) == 0
+    assert "\n# A word of the author's.\n# Measured with" in file.read_text()
     file.write_text(text.replace("21.0 %", "99.0 %"))
     assert script.main([*where, "--check"]) == 1, "a figure that was changed by hand"
     (results / "job.json").unlink()
     assert script.main(where) == 0
     assert file.read_text() == plain
+    score = {"value": 12.345, "low": None, "high": None, "signature": ""}
+    run = fake_run(tmp_path / "only-loss", 0, 0.0, scores={"base": {}, "final": {"perplexity": score}})
+    assert script.main([*where, "--record", "job", str(run)]) == 0
+    assert "perplexity on 300 held-out examples 12.35 after; 3.5 minutes, 2.0 GiB" in file.read_text().replace(
+        "\n#", ""
+    )
+    assert "[perplexity](docs/results/job.json) |  | 12.35 |" in script.block("experiments", results)
+    file.write_text("name: job\n")
+    assert script.main(where) == 1
 
 
 def test_a_table_is_made_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

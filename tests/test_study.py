@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ftlab.compose import compose
+from ftlab.errors import DivergenceError
 from ftlab.validate import validate
 
 ROOT = Path(__file__).parent.parent
@@ -230,6 +231,8 @@ class Chained:
         keys = ("run_dir", "run", "adapter", "out")
         named = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in keys)
         if module == "ftlab.train":
+            if "regularizer.lwf.strength=3" in words:
+                raise DivergenceError("the loss is nan")
             folder = Path(named["run_dir"])
             self.trained.append("/".join(folder.parts[-3:]))
             folder.mkdir(parents=True)
@@ -243,7 +246,8 @@ class Chained:
             value = 60.0 if task == after.name else kept.get(after.parent.name, 5.0)
             seed = float(Path(named["out"]).parents[1].name.partition("-")[2])
             scores = {name: {"value": value + seed} for name in ("exact_match", "loss")}
-            Path(named["out"]).write_text(json.dumps({"scores": {"after": scores}}))
+            content = {"scores": {"after": scores}, "predictions": {"after": [{}] * 7}}
+            Path(named["out"]).write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -271,6 +275,8 @@ def test_the_chain_asks_each_task_after_each_and_the_page_counts_what_was_lost(
     text = (tmp_path / "continual.md").read_text()
     # (10 + 10 + 60) / 3 and (45 + 45 + 60) / 3, plus the seeds' mean 2; lost 60 - 10 and 60 - 45
     assert "| nothing | 12.0 ± 1.6 | 12.0 ± 1.6 | 62.0 ± 1.6 | 28.7 ± 1.6 |  | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
+    assert "`regularizer.lwf.strength=1` [0.3, 1, 3 (diverged)] |" in text
+    assert "held-out examples (7, 7, 7 of the three)" in " ".join(text.split())
     assert "| +23.3 [+23.3, +23.3] | 15.0 ± 0.0 | 15.0 ± 0.0 | 1.00 | `regularizer.replay.share=0.2` [" in text
     assert sys.executable not in text
     assert continual.main(["--check"]) == 0
@@ -299,6 +305,25 @@ def test_a_stopped_chain_goes_on_elsewhere_and_its_page_names_the_missing_seeds(
         f"seed-100/EWC-{strength}" for strength in (100, 1000)
     }
 
+    # What another machine added counts beside what lies in the work folder, and neither is written over.
+    record.write_text(json.dumps(made))
+    chained.trained.clear()
+    continual.study(tmp_path / "other", 1)
+    assert not chained.trained
+    assert json.loads(record.read_text()) == made, "nothing new, so nothing is written"
+    other = json.loads((tmp_path / "other/continual.json").read_text())
+    other["rows"][0]["runs"] = other["rows"][0]["runs"][:1]
+    (tmp_path / "other/continual.json").write_text(json.dumps(other))
+    merged = continual.study(tmp_path / "other", 1)
+    assert [len(row["runs"]) for row in merged["rows"]] == [before] * 4
+    assert not chained.trained
+    other["rows"][1]["setting"] = "regularizer.ewc.strength=10"
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third/continual.json").write_text(json.dumps(other))
+    record.write_text(json.dumps(merged))
+    with pytest.raises(SystemExit, match=r"strength=10 where another record has regularizer\.ewc\.strength=100; keep"):
+        continual.study(tmp_path / "third", 1)
+
     replay["runs"] = replay["runs"][:1]
     record.write_text(json.dumps(made))
     page.unlink()
@@ -308,3 +333,27 @@ def test_a_stopped_chain_goes_on_elsewhere_and_its_page_names_the_missing_seeds(
     monkeypatch.setattr(continual, "COMMON", (*continual.COMMON, "optimizer.lr=1"))
     with pytest.raises(SystemExit, match=r"continual\.json is of other words"):
         continual.study(tmp_path / "other", 1)
+
+
+def test_a_failed_command_ends_the_study_at_once(
+    continual: ModuleType, chained: Chained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def failing(module: str, words: Sequence[str]) -> None:
+        asked.append(module)
+        if "regularizer=ewc" in words:
+            raise SystemExit("no such key")
+        chained(module, words)
+
+    monkeypatch.setattr(continual, "command", failing)
+    with pytest.raises(SystemExit, match="no such key"):
+        continual.study(tmp_path / "work", 1)
+    assert asked.count("ftlab.train") <= 4, "what was waiting does not begin"
+
+
+def test_a_chain_with_a_dirty_run_says_so(continual: ModuleType, chained: Chained, tmp_path: Path) -> None:
+    made = continual.study(tmp_path / "work", 1)
+    assert "with uncommitted changes" not in continual.page(continual.whole(made))
+    made["rows"][2]["runs"][1]["dirty"] = True
+    assert "with uncommitted changes" in continual.page(continual.whole(made))

@@ -128,7 +128,8 @@ class _RMSNorm(torch.autograd.Function):
 def nf4_dequantise(codes: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers of 4 bits, uint8 [blocks, 32], times fp32 [blocks]: [blocks, 64] of `dtype`, fp32 or bf16."""
     nf4.check(codes, magnitudes, dtype)
-    out = torch.empty(len(codes), nf4.BLOCK, dtype=dtype)
+    out = torch.empty(len(codes), nf4.BLOCK, dtype=dtype, device=codes.device)
+    _check("nf4_dequantise", out)
     levels = nf4.level_table(codes.device)
     call("nf4_dequantise", dtype, codes.contiguous(), magnitudes.contiguous(), levels, out, len(codes))
     return out

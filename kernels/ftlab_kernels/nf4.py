@@ -16,6 +16,8 @@ numbers of a byte are interleaved in registers, so that stores are contiguous.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BYTES = tl.constexpr(BLOCK // 2)
 
 
+@functools.cache
 def level_table(device: torch.device) -> Tensor:
-    """LEVELS as fp32 [16]."""
+    """LEVELS as fp32 [16], made once a device: the copy to a GPU waits for it."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 

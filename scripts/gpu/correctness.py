@@ -129,7 +129,7 @@ def repeats(section: Section) -> dict[str, Any]:
 
 def cases(section: Section) -> dict[str, Callable[[], list[Tensor]]]:
     """By operation, a call that gives its outputs and gradients at a size that many programs share."""
-    from ftlab_kernels import linear_cross_entropy, lora, norm
+    from ftlab_kernels import linear_cross_entropy, lora, nf4, norm
     from ftlab_kernels.adapted import Adapted
     from ftlab_kernels.dropout import dropout
 
@@ -143,6 +143,8 @@ def cases(section: Section) -> dict[str, Callable[[], list[Tensor]]]:
     seed = torch.tensor([1234567], dtype=torch.int64, device=device)
     head = normal((V, K), device, K**-0.5).requires_grad_()
     labels = torch.randint(V, (M,), device=device)
+    codes = torch.randint(256, (M, nf4.BLOCK // 2), device=device, dtype=torch.uint8)
+    magnitudes = 1 + normal((M,), device, 0.1).float()
     up = {width: normal((M, width), device) for width in (K, N)}
 
     def both(outputs: Any, wanted: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
@@ -169,7 +171,7 @@ def cases(section: Section) -> dict[str, Callable[[], list[Tensor]]]:
         "layer norm": lambda: both(norm.layer_norm(x, gain, None, 1e-5), [x, gain], [up[K]]),
         "swiglu": lambda: swiglu(x, r, up[K]),
         "rope": lambda: rope(section),
-        "nf4": lambda: [nf4_numbers(section, M)],
+        "nf4": lambda: [nf4.nf4_dequantise(codes, magnitudes, torch.bfloat16)],
         "packed attention": lambda: attention(section),
         **{f"adamw, {name}": functools.partial(adamw, section, options) for name, options in ADAMW.items()},
     }
@@ -181,13 +183,6 @@ ADAMW: dict[str, dict[str, Any]] = {
     "split": {"rounding": "split"},
     "8-bit": {"rounding": "stochastic", "states": "8bit"},
 }
-
-
-def nf4_numbers(section: Section, blocks: int) -> Tensor:
-    from ftlab_kernels import nf4
-
-    codes = torch.randint(256, (blocks, 32), device=section.device, dtype=torch.uint8)
-    return nf4.nf4_dequantise(codes, torch.ones(blocks, device=section.device), torch.bfloat16)
 
 
 def swiglu(gate: Tensor, up: Tensor, upstream: Tensor) -> list[Tensor]:

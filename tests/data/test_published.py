@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ftlab.compose import compose
 from ftlab.config import LabelledDataConfig
 from ftlab.data.__main__ import CARDS, OPTIONS, PUBLISHED
 from ftlab.data.labelled import labelled_record
@@ -57,6 +58,19 @@ def test_what_was_left_out_is_said_and_a_label_without_training_is(config: Label
         assert info.notes[0] == "3 repeat"
         sides.append(info.notes[1:-1])
     assert set(sides) == {(), ("left out, as no record of them is in training: rare",)}
+
+
+PAGES = Path(__file__).parents[2] / "docs" / "data"
+
+
+@pytest.mark.parametrize("option", PUBLISHED)
+def test_training_looks_at_the_same_file_as_inspection_and_the_page(option: str) -> None:
+    name, source = PUBLISHED[option]
+    config, _ = compose([f"data={option}", "model=minilm", "method=lora_bert"])
+    assert isinstance(config.data, LabelledDataConfig)
+    assert (config.data.source, config.data.train) == (name, source.locations[option])
+    page = PAGES / f"{name.replace('_', '-')}.md"
+    assert f"`{source.locations[option]}`" in page.read_text("utf-8")
 
 
 def test_each_published_option_has_a_line_and_a_card() -> None:

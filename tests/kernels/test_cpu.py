@@ -83,6 +83,8 @@ def test_nf4(dtype: torch.dtype, blocks: int) -> None:
     assert torch.equal(cpu.nf4_dequantise(apart, magnitudes, dtype), nf4.reference(codes, magnitudes, dtype))
     with pytest.raises(ValueError, match="codes must be uint8"):
         cpu.nf4_dequantise(codes, torch.ones(blocks + 1), dtype)
+    with pytest.raises(ValueError, match="nf4_dequantise takes tensors of fp32, or of bf16, on a CPU, not float16"):
+        cpu.nf4_dequantise(codes, magnitudes, torch.float16)
 
 
 @every_dtype

@@ -36,7 +36,7 @@ PACKAGE = "pypi:home-assistant-intents==2026.10.27/home_assistant_intents/data"
 ENGLISH = "0b9d606a216b1712409a3d822a8edfb9ff4458e51e421792882ea24e0ce1d456"
 CHINESE = "aaf4fcca09b3878b56652396275ea69e0d0f44508e06378434538a7a2c0c7054"
 SOURCE = Published(
-    title="Home Assistant intents: command to intent",
+    title="Home Assistant intents: command to intent (English or Chinese)",
     about="Commands to a smart home with their intent, drawn from the sentence templates of Home Assistant: 4,271 in "
     "English, 3,273 in Chinese.",
     licence="CC-BY-4.0 (the templates, https://github.com/OHF-Voice/intents); the package home-assistant-intents that "
