@@ -4,8 +4,9 @@ Letters: M rows (all leading dimensions), D width, H query heads, K key/value he
 S = P + T key positions, R rank of all adapters together.
 
 Each function has the signature and the mathematics of the Triton kernel of the same name, and its reference. Storage is
-fp32 or bf16, sums and functions are fp32, and every result is rounded once. Results do not depend on the number of
-threads. Where a dtype or layout is not one of these, the caller takes the reference (`takes`).
+fp32 or bf16, sums and functions are fp32, and every result is rounded once. What the C computes does not depend on the
+number of threads; torch's products may in their last bits. Where a dtype or layout is not one of these, the caller
+takes the reference (`takes`).
 
 Why C: between the matrix products of a step lie some forty passes over small tensors, and on a processor with matrix
 units torch's own passes take several times as long as the products. Fused, each tensor is read once and written once.
