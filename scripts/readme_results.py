@@ -147,10 +147,9 @@ def block(name: str, results: Path, folder: str = "docs/results") -> str:
 
 
 class Headline(NamedTuple):
-    """The one metric that is quoted of a record: its name and unit, before, after, and how the latter spreads."""
+    """The one metric that is quoted of a record: how METRICS calls it, before, after, and how the latter spreads."""
 
-    label: str
-    unit: str
+    label: str  # its name, and behind a comma its unit if it has one
     before: str
     after: str
     sd: str
@@ -164,23 +163,23 @@ def headline(record: dict[str, Any]) -> Headline:
     if metric is None:
         raise ValueError(f"the runs of {record['name']} have none of {', '.join(METRICS)}")
     label, digits = METRICS[metric]
-    name, _, unit = label.partition(", ")
     before = scores_of(runs, "base", metric)
     first = f"{statistics.fmean(before):.{digits}f}" if before else ""
     after, sd, between = spread(scores_of(runs, "final", metric), digits)
-    return Headline(name, f" {unit}" if unit else "", first, after, sd, between)
+    return Headline(label, first, after, sd, between)
 
 
 def measured(record: dict[str, Any], name: str) -> list[str]:
     """The comment lines of an experiment that say what came of it."""
     runs = record["runs"]
     found, time = headline(record), spread([minutes(run) for run in runs], 1)
-    first = f"{found.before}{found.unit} before, " if found.before else ""
+    name_of_score, _, unit = found.label.partition(",")
+    first = f"{found.before}{unit} before, " if found.before else ""
     seeds = [str(run["seeds"]["training"]) for run in runs]
     parts = [
         f"{MEASURED} with seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)} at commit {record['commit'][:10]} on",
         f"{machine(record['device'])}:",
-        f"{found.label} on {runs[0]['data']['test']} held-out examples {first}{found.after}{found.unit} after"
+        f"{name_of_score} on {runs[0]['data']['test']} held-out examples {first}{found.after}{unit} after"
         + (f" (sd {found.sd}, {found.between});" if found.sd else ";"),
         f"{time[0]} minutes{f' ({time[2]})' if time[2] else ''}, {max(map(peak_gib, runs)):.1f} GiB at the peak.",
         f"Record: docs/results/{name}.json.",
@@ -216,7 +215,7 @@ def experiments_table(results: Path, folder: str) -> str:
             continue
         record = json.loads(path.read_text("utf-8"))
         found = headline(record)
-        cells = [f"[{found.label},{found.unit}]({folder}/{path.name})".replace(",]", "]"), found.before]
+        cells = [f"[{found.label}]({folder}/{path.name})", found.before]
         cells += [f"{found.after} ± {found.sd}" if found.sd else found.after]
         cells += [spread([minutes(run) for run in record["runs"]], 1)[0]]
         cells += [f"{max(map(peak_gib, record['runs'])):.1f}", str(len(record["runs"]))]

@@ -45,7 +45,7 @@ from study_definitions import SEEDS, STUDIES, TUNING_SEED, Entry, Study  # noqa:
 from ftlab.errors import DivergenceError  # noqa: E402
 from ftlab.files import atomic_write  # noqa: E402
 
-__all__ = ["Runs", "choose", "interval", "main", "page", "study"]
+__all__ = ["Runs", "choose", "climb", "command", "commit", "how", "interval", "main", "page", "study"]
 
 BLOCK = re.compile(r"(<!-- study:(?P<name>\w+):(?P<row>[^>]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 # Two-sided 95 % quantile of Student's t by degrees of freedom: few seeds, so the normal one would be too narrow.
@@ -84,14 +84,28 @@ class Runs:
     def make(self, words: list[str], file: Path, folder: Path, *, may_diverge: bool) -> None:
         """Train, and keep run.json; null if it diverged and may: a setting that is tried then has no loss and loses."""
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, "-m", "ftlab.train", *words, f"run_dir={folder}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
-        diverged = done.returncode == DivergenceError.exit_code and may_diverge
-        if done.returncode != 0 and not diverged:
-            raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
-        atomic_write(file, "null" if diverged else (folder / "run.json").read_text("utf-8"))
+        try:
+            command("ftlab.train", [*words, f"run_dir={folder}"])
+            content = (folder / "run.json").read_text("utf-8")
+        except DivergenceError as error:
+            if not may_diverge:
+                raise SystemExit(str(error)) from None
+            content = "null"
+        atomic_write(file, content)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def command(module: str, words: Sequence[str]) -> None:
+    """A command of ftlab in a process of its own, on one thread.
+
+    Errors: DivergenceError if its training diverged, else SystemExit, both with its words and what it said.
+    """
+    full = [sys.executable, "-m", module, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(full, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    if done.returncode != 0:
+        error = DivergenceError if done.returncode == DivergenceError.exit_code else SystemExit
+        raise error(f"{shlex.join(full)}\n{done.stderr}")
 
 
 def commit() -> str:

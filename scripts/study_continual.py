@@ -24,10 +24,8 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -40,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import climb, commit, how, interval, spread  # noqa: E402
+from study import climb, command, commit, how, interval, spread  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED  # noqa: E402
 
 from ftlab.errors import DivergenceError  # noqa: E402
@@ -62,8 +60,8 @@ LEGAL = "Does the clause of a privacy policy answer the question? Answer True or
 SPAM = "Is this mail spam or ham?"
 TASKS = {
     "medical": ("data=hpo_lay_to_clinical", "data.too_long=drop", "training.max_steps=100"),
-    "legal": (*("data=privacy_policy", f"data.instruction={LEGAL}", "data.too_long=drop", "training.max_steps=200"),),
-    "spam": (*("data=spam_assassin", f"data.instruction={SPAM}", "data.too_long=truncate", "training.max_steps=60"),),
+    "legal": ("data=privacy_policy", f"data.instruction={LEGAL}", "data.too_long=drop", "training.max_steps=200"),
+    "spam": ("data=spam_assassin", f"data.instruction={SPAM}", "data.too_long=truncate", "training.max_steps=60"),
 }
 
 
@@ -141,17 +139,6 @@ class Chain:
         scores = content["scores"]["after"]
         values = {name: scores[name]["value"] for name in ("exact_match", "loss")}
         return {**values, "examples": len(content["predictions"]["after"])}
-
-
-def command(module: str, words: Sequence[str]) -> None:
-    """A command of ftlab in a process of its own."""
-    full = [sys.executable, "-m", module, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(full, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
-    if done.returncode == DivergenceError.exit_code:
-        raise DivergenceError(f"{shlex.join(full)}\n{done.stderr}")
-    if done.returncode != 0:
-        raise SystemExit(f"{shlex.join(full)}\n{done.stderr}")
 
 
 class Record:

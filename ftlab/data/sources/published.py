@@ -41,13 +41,9 @@ class Published:
         """What `python -m ftlab.data card` prints."""
         lines = [f"# {self.title}", "", self.about, ""]
         lines += [f"- Data option `{option}`: `{location}`" for option, location in self.locations.items()]
-        lines += [f"- {key}: {value}" for key, value in self.facts.items()]
+        facts = {"Home": self.url, "Version": self.version, "Licence": self.licence, "Citation": self.citation}
+        lines += [f"- {key}: {value}" for key, value in facts.items()]
         return "\n".join(lines) + "\n"
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """Of the card."""
-        return {"Home": self.url, "Version": self.version, "Licence": self.licence, "Citation": self.citation}
 
     def split(
         self, config: LabelledDataConfig, records: list[Record], left_out: Mapping[str, int]
