@@ -5,11 +5,11 @@
     python scripts/study_continual.py                    write the page of the record anew
     python scripts/study_continual.py --check            exit 1 if the page is not what the record gives
 
-SmolLM2-135M-Instruct with LoRA learns TASKS in order, each run starting from the adapter of the one before it. After
-each run all tasks so far are asked, greedily, on their own test splits. Each of WAYS holds the model to what it knew.
-Its strength is the one with the highest mean exact match on the validation splits of the first two tasks, after the
-second, on a seed that is used for nothing else; where the best is at the edge of those tried, the next one beyond is
-tried too.
+SmolLM2-135M-Instruct with LoRA in its upper half learns TASKS in order, each run starting from the adapter of the one
+before it. After each run all tasks so far are asked, greedily, on their own test splits. Each of WAYS holds the model
+to what it knew. Its strength is the one with the highest mean exact match on the validation splits of the first two
+tasks, after the second, on a seed that is used for nothing else; where the best is at the edge of those tried, the
+next one beyond is tried too.
 
 This takes a night on two cores. What ended is kept in --work, under the commit, so the same command goes on where it
 was stopped. When it stops, strengths and chains that ended go to docs/results too, from where another machine or
@@ -48,20 +48,30 @@ __all__ = ["TASKS", "WAYS", "main", "page"]
 
 RECORD, PAGE = ROOT / "docs/results/continual.json", ROOT / "docs/results/continual.md"
 
+UPPER = r"layers\.(1[5-9]|2[0-9])\..*_proj"  # all projections of the upper half of 30 layers
+
 COMMON = (
-    *("model=smollm2_135m", "method=lora", "method.rank=16", "method.alpha=32", "data.template=chatml"),
-    *("data.max_length=96", "data.row_length=512", "data.packing=true", "data.pad_rows=true", "data.batch_size=1"),
-    *("data.micro_batch_size=1", "data.limit_validation=100", "data.limit_test=150", "optimizer.lr=1e-3"),
-    *("schedule=cosine", "precision=bf16", "training.preflight=false", "parallel.threads=1", "evaluation.times=0"),
-    *("evaluation.test=false", "evaluation.baseline=false", "evaluation.max_new_tokens=24"),
-    *("checkpoint.load_best=false", "tracking=disabled"),
+    *("model=smollm2_135m", "method=lora", "method.rank=16", "method.alpha=32", f"method.targets=['{UPPER}']"),
+    *("data.template=chatml", "data.max_length=96", "data.packing=false", "data.share_prefix=true"),
+    *("data.limit_validation=100", "data.limit_test=150", "optimizer.lr=2e-3", "schedule=cosine", "precision=bf16"),
+    *("training.preflight=false", "parallel.threads=1", "evaluation.times=0", "evaluation.test=false"),
+    *("evaluation.baseline=false", "evaluation.max_new_tokens=24", "checkpoint.load_best=false", "tracking=disabled"),
 )
 LEGAL = "Does the clause of a privacy policy answer the question? Answer True or False."
 SPAM = "Is this mail spam or ham?"
 TASKS = {
-    "medical": ("data=hpo_lay_to_clinical", "data.too_long=drop", "training.max_steps=100"),
-    "legal": ("data=privacy_policy", f"data.instruction={LEGAL}", "data.too_long=drop", "training.max_steps=200"),
-    "spam": ("data=spam_assassin", f"data.instruction={SPAM}", "data.too_long=truncate", "training.max_steps=60"),
+    "medical": (
+        *("data=hpo_lay_to_clinical", "data.too_long=drop"),
+        *("data.batch_size=16", "data.micro_batch_size=16", "training.max_steps=200"),
+    ),
+    "legal": (
+        *("data=privacy_policy", f"data.instruction={LEGAL}", "data.too_long=drop"),
+        *("data.batch_size=8", "data.micro_batch_size=8", "training.max_steps=200"),
+    ),
+    "spam": (
+        *("data=spam_assassin", f"data.instruction={SPAM}", "data.too_long=truncate"),
+        *("data.batch_size=8", "data.micro_batch_size=8", "training.max_steps=60"),
+    ),
 }
 
 
@@ -95,7 +105,7 @@ WAYS = {
 
 
 class Chain:
-    """The runs of one way, strength and seed, in a folder of their own. The first task's run is shared by all ways."""
+    """The runs of one way, strength and seed, in a folder of their own; the first task's run serves all ways."""
 
     def __init__(self, work: Path, way: str, setting: str | None, seed: int) -> None:
         self.way, self.setting, self.seed = WAYS[way], setting, seed
@@ -122,15 +132,22 @@ class Chain:
         folder = self.run_dir(place)
         done = folder / "run.json"
         if not done.is_file() or json.loads(done.read_text("utf-8"))["status"] != "finished":
+            if place:
+                self.measure(place - 1)
             command("ftlab.train", [*self.words(place), f"run_dir={folder}"])
-        if self.way.measured and place < len(TASKS) - 1 and not (folder / "fisher.safetensors").is_file():
-            command("ftlab.fisher", [f"run={folder}", "examples=100"])
         record: dict[str, Any] = json.loads(done.read_text("utf-8"))
         return record
 
+    def measure(self, place: int) -> None:
+        """Write the Fisher information of a task's run, where the way needs it and it is not there."""
+        folder = self.run_dir(place)
+        if self.way.measured and not (folder / "fisher.safetensors").is_file():
+            command("ftlab.fisher", [f"run={folder}", "examples=100"])
+
     def score(self, task: int, after: int, split: str) -> dict[str, float]:
         """Scores on a task's split of the model as it was after another one."""
-        out = self.folder / f"{[*TASKS][task]}-after-{[*TASKS][after]}-{split}.json"
+        folder = self.folder if after else self.shared
+        out = folder / f"{[*TASKS][task]}-after-{[*TASKS][after]}-{split}.json"
         if not out.is_file():
             out.parent.mkdir(parents=True, exist_ok=True)
             adapter = f"adapter={self.run_dir(after)}/adapter"
@@ -156,7 +173,7 @@ class Record:
             "tasks": {name: list(words) for name, words in TASKS.items()},
             "ways": {name: [*way.words, *way.ladder] for name, way in WAYS.items()},
         }
-        rows = [{"name": way, "setting": None, "tried": {}, "runs": []} for way in WAYS]
+        rows: list[dict[str, Any]] = [{"name": way, "setting": None, "tried": {}, "runs": []} for way in WAYS]
         self.content: dict[str, Any] = {"format": 1, "command": command, **plan, "rows": rows}
         for file in (RECORD, self.file):
             if file.is_file():
@@ -193,7 +210,7 @@ class Plan:
     def __init__(self, work: Path, jobs: int, record: Record) -> None:
         self.work, self.record = work, record
         self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
-        # The first task's run is shared, so no two chains may make it at once.
+        # What belongs to the first task's run is shared, so no two chains may make it at once.
         self.firsts = {seed: threading.Lock() for seed in (TUNING_SEED, *SEEDS)}
 
     def chain(self, way: str, setting: str | None, seed: int) -> Chain:
@@ -201,6 +218,7 @@ class Plan:
         chain = Chain(self.work, way, setting, seed)
         with self.firsts[seed]:
             chain.learn(0)
+            chain.measure(0)
         return chain
 
     def validated(self, way: str, setting: str) -> float | None:
@@ -240,8 +258,10 @@ class Plan:
         """Learn all tasks; exact match and loss on each after each."""
         row = self.record.row(way)
         chain = self.chain(way, row["setting"], seed)
-        after = {}
-        for place, name in enumerate(TASKS):
+        first, *others = TASKS
+        with self.firsts[seed]:
+            after = {first: {first: chain.score(0, 0, "test")}}
+        for place, name in enumerate(others, 1):
             chain.learn(place)
             after[name] = {other: chain.score(task, place, "test") for task, other in enumerate([*TASKS][: place + 1])}
         records = [chain.learn(place) for place in range(len(TASKS))]
@@ -349,7 +369,8 @@ def page(record: dict[str, Any]) -> str:
     seeds = ", ".join(str(run["seed"]) for run in first)
     dirty = any(run["dirty"] for row in record["rows"] for run in row["runs"])
     missing = ", ".join(str(seed) for seed in SEEDS if seed not in map(by_seed, first))
-    steps = [of(words, "training.max_steps") for words in record["tasks"].values()]
+    keys = ("training.max_steps", "data.batch_size")
+    steps, sizes = (", ".join(of(words, key) for words in record["tasks"].values()) for key in keys)
     last = first[0]["after"][[*TASKS][-1]]
     counts = ", ".join(f"{last[task]['examples']}" for task in TASKS)
     longest = of(record["common"], "data.max_length")
@@ -359,11 +380,12 @@ def page(record: dict[str, Any]) -> str:
         "<!-- Written by scripts/study_continual.py from continual.json. -->",
         "",
         *textwrap.wrap(
-            "SmolLM2-135M-Instruct with LoRA of rank 16 learns three tasks, one after the other: the clinical term of "
-            "a layperson's phrase (HPO), whether a clause of a privacy policy answers a question (True or False; half "
-            f"are right by chance), and whether a mail is spam. A conversation has at most {longest} tokens: longer "
-            f"clauses are left out, mails lose their end. The tasks take {', '.join(steps)} steps of 512 tokens. Each "
-            "run starts from the adapter of the one before. Exact match of greedy answers to held-out examples "
+            "SmolLM2-135M-Instruct with LoRA of rank 16 in the upper 15 of its 30 layers learns three tasks, one after "
+            "the other: the clinical term of a layperson's phrase (HPO), whether a clause of a privacy policy answers "
+            "a question (True or False; half are right by chance), and whether a mail is spam. A conversation has at "
+            f"most {longest} tokens: longer clauses are left out, mails lose their end. The tasks take {steps} steps "
+            f"of {sizes} examples. Each run starts from the adapter of the one before. Exact match of greedy answers "
+            "to held-out examples "
             f"({counts} of the three), in percent, mean ± standard deviation over seeds "
             f"{seeds}{f' (of seeds {missing} not all is run yet)' if missing else ''}. After the first task alone "
             f"medical is at {learnt}, for all rows. Lost: how much lower a task is at the end than right after it was "

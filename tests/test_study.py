@@ -244,7 +244,7 @@ class Chained:
             self.asked.append(f"{task} after {after.name}")
             kept = {"nothing": 10.0, "LwF-1": 25.0, "EWC-100": 40.0, "replay-0.2": 45.0}
             value = 60.0 if task == after.name else kept.get(after.parent.name, 5.0)
-            seed = float(Path(named["out"]).parents[1].name.partition("-")[2])
+            seed = float(named["out"].partition("/seed-")[2].partition("/")[0])
             scores = {name: {"value": value + seed} for name in ("exact_match", "loss")}
             content = {"scores": {"after": scores}, "predictions": {"after": [{}] * 7}}
             Path(named["out"]).write_text(json.dumps(content))
@@ -272,6 +272,7 @@ def test_the_chain_asks_each_task_after_each_and_the_page_counts_what_was_lost(
         "replay": "regularizer.replay.share=0.2",
     }
     assert {"medical after spam", "legal after spam", "spam after spam", "medical after legal"} <= set(chained.asked)
+    assert chained.asked.count("medical after medical") == len(continual.SEEDS), "once a seed, for all ways"
     text = (tmp_path / "continual.md").read_text()
     # (10 + 10 + 60) / 3 and (45 + 45 + 60) / 3, plus the seeds' mean 2; lost 60 - 10 and 60 - 45
     assert "| nothing | 12.0 ± 1.6 | 12.0 ± 1.6 | 62.0 ± 1.6 | 28.7 ± 1.6 |  | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
