@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateArguments", "main"]
 
-_USAGE = "usage: python -m ftlab.evaluate run=DIR [split=test] [base=also] [limit=N] [adapter=DIR] [out=FILE.json]"
+_USAGE = (
+    "usage: python -m ftlab.evaluate run=DIR [split=test] [base=also] [limit=N] [adapter=DIR] [model=DIR] "
+    "[out=FILE.json]"
+)
 
 
 @dataclass
@@ -33,6 +36,12 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "folder of an adapter, of ftlab or of PEFT, to score in place of what the run trained"},
     )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of a whole model to score in place of what the run trained: of a run, soup or export"
+        },
+    )
     limit: int | None = field(default=None, metadata={"help": "only the first N records of the split"})
     batch_size: int | None = field(default=None, metadata={"help": "examples in one forward pass; null: the run's"})
     device: str | None = field(default=None, metadata={"help": "auto, cpu or cuda; null: the run's"})
@@ -47,8 +56,14 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"base={arguments.base}: give no, also or only")
     if arguments.split not in ("train", "validation", "test"):
         raise ConfigError(f"split={arguments.split}: give train, validation or test")
-    if arguments.adapter is not None and arguments.base == "only":
-        raise ConfigError("adapter: base=only scores no adapter; give base=also")
+    if arguments.adapter is not None and arguments.model is not None:
+        raise ConfigError("adapter, model: one of them is scored in place of what the run trained; leave one out")
+    for name in ("adapter", "model"):
+        folder = getattr(arguments, name)
+        if folder is not None and arguments.base == "only":
+            raise ConfigError(f"{name}: base=only scores the pretrained model alone; give base=also")
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{name}={folder}: there is no such folder")
     at_least_one(limit=arguments.limit, batch_size=arguments.batch_size)
     if arguments.out is not None:
         can_be_written("out", arguments.out)
@@ -68,8 +83,11 @@ def _run(argv: list[str]) -> int:
         data = None
         measured = {}
         for column in columns:
-            adapter = None if arguments.adapter is None else Path(arguments.adapter)
-            opened = open_run(Path(arguments.run), base=column == "before", ranks=ranks, adapter=adapter)
+            adapter, whole = (
+                None if folder is None else Path(folder) for folder in (arguments.adapter, arguments.model)
+            )
+            before = column == "before"
+            opened = open_run(Path(arguments.run), base=before, ranks=ranks, adapter=adapter, whole=whole)
             data = data or opened.data()  # the same for both, so read once
             measured[column] = _measure(arguments, opened, data, ranks)
         if not ranks.is_main:

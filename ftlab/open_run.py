@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlab import build
-from ftlab.config import Config, ParallelConfig, from_plain
+from ftlab.config import Config, FullConfig, ParallelConfig, from_plain
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import Method
 from ftlab.methods.lora import LoRA
@@ -78,10 +78,18 @@ def read_config(run_dir: Path) -> tuple[Config, dict[str, Any]]:
         raise FtlabError(f"{path} cannot be read by this version of ftlab: {error}") from None
 
 
-def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, adapter: Path | None = None) -> OpenRun:
+def open_run(
+    run_dir: Path,
+    *,
+    base: bool,
+    ranks: Ranks | None = None,
+    adapter: Path | None = None,
+    whole: Path | None = None,
+) -> OpenRun:
     """Load the model of a run; with `base` the pretrained one, untouched.
 
     adapter: a folder of ftlab's or PEFT's, whose adapter the pretrained model gets in place of what the run trained.
+    whole: a folder of a whole model of the run's architecture, whose weights are read in place of that.
     """
     config, record = read_config(run_dir)
     if ranks is None:  # who joins ranks has settled it
@@ -89,7 +97,9 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, adapter: 
         ranks = Ranks()
     tokenizer = build.build_tokenizer(config)
     labels = LabelSet.from_dict(record["labels"]) if record.get("labels") else None
-    model, method = build.build_base(config, tokenizer, ranks, labels)
+    moved = whole is not None and not base
+    held = replace(config, method=FullConfig()) if moved else config  # stored like weights that trained themselves
+    model, method = build.build_base(held, tokenizer, ranks, labels)
     if base:
         model.requires_grad_(False)
         if not method.keeps_base:
@@ -104,7 +114,7 @@ def open_run(run_dir: Path, *, base: bool, ranks: Ranks | None = None, adapter: 
         method.apply(model)
         method.load(model, adapter)
     else:
-        folder = build.export_folder(run_dir, method)
+        folder = whole or build.export_folder(run_dir, method)
         if not folder.exists():
             raise FtlabError(f"{run_dir} has no {folder.name}/: the run is {record.get('status')}; finish it first")
         method.apply(model)

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from study import climb, command, commit, how, interval, spread  # noqa: E402
-from study_definitions import SEEDS, TUNING_SEED  # noqa: E402
+from study_definitions import SEEDS, TUNING_SEED, UPPER_HALF  # noqa: E402
 
 from ftlab.errors import DivergenceError  # noqa: E402
 from ftlab.files import atomic_write  # noqa: E402
@@ -48,10 +48,8 @@ __all__ = ["TASKS", "WAYS", "main", "page"]
 
 RECORD, PAGE = ROOT / "docs/results/continual.json", ROOT / "docs/results/continual.md"
 
-UPPER = r"layers\.(1[5-9]|2[0-9])\..*_proj"  # all projections of the upper half of 30 layers
-
 COMMON = (
-    *("model=smollm2_135m", "method=lora", "method.rank=16", "method.alpha=32", f"method.targets=['{UPPER}']"),
+    *("model=smollm2_135m", "method=lora", "method.rank=16", "method.alpha=32", f"method.targets=['{UPPER_HALF}']"),
     *("data.template=chatml", "data.max_length=96", "data.packing=false", "data.share_prefix=true"),
     *("data.limit_validation=100", "data.limit_test=150", "optimizer.lr=2e-3", "schedule=cosine", "precision=bf16"),
     *("training.preflight=false", "parallel.threads=1", "evaluation.times=0", "evaluation.test=false"),

@@ -77,6 +77,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (evaluate.main, ["limit=0"], "limit=0: give at least 1"),
         (evaluate.main, ["limit=-3"], "limit=-3: give at least 1"),
         (evaluate.main, ["batch_size=0"], "batch_size=0: give at least 1"),
+        (evaluate.main, ["model=nowhere"], "model=nowhere: there is no such folder"),
+        (evaluate.main, ["adapter=nowhere"], "adapter=nowhere: there is no such folder"),
+        (evaluate.main, ["model=there", "base=only"], "base=only scores the pretrained model alone"),
+        (evaluate.main, ["model=there", "adapter=there"], "one of them is scored"),
         (generate.main, ["max_new_tokens=0", "why?"], "max_new_tokens=0: give at least 1"),
     ],
 )

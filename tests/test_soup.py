@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ftlab import build
+from ftlab import build, evaluate
 from ftlab.compose import compose
 from ftlab.methods.interpolation import Soup, greedy_soup, interpolated, normalised
 from ftlab.models.loading import load_model
@@ -112,6 +112,21 @@ def test_the_losses_are_those_of_the_runs(runs: Path, tmp_path: Path, capsys: py
     expected = validation[record["best"]["step"]]
     assert facts["validation_loss"]["runs"][str(runs / "one")] == pytest.approx(expected, rel=1e-5)
     assert f"{expected:.4f}  {runs / 'one'}" in capsys.readouterr().out
+
+
+def scored(run: Path, *words: str) -> float:
+    out = run.parent / "scores.json"
+    assert evaluate.main([f"run={run}", "split=validation", f"out={out}", *words]) == 0
+    return float(json.loads(out.read_text())["scores"]["after"]["loss"]["value"])
+
+
+def test_a_soup_and_another_run_are_scored_on_the_data_of_a_run(runs: Path, tmp_path: Path) -> None:
+    _, facts = cooked(runs, tmp_path / "out", ["one", "lora"])
+    losses = facts["validation_loss"]
+    assert scored(runs / "one", f"model={tmp_path / 'out'}") == pytest.approx(losses["out"], abs=1e-4)
+    # a LoRA run, whose own weights are stored otherwise, asks a fully trained one
+    assert scored(runs / "lora", f"model={runs / 'one/model'}") == pytest.approx(scored(runs / "one"), abs=1e-4)
+    assert len({round(scored(runs / "one", f"model={runs / name}"), 4) for name in ("one/model", "two/model")}) == 2
 
 
 def test_a_greedy_soup_of_runs_is_no_worse_than_the_best_of_them(runs: Path, tmp_path: Path) -> None:
