@@ -71,9 +71,11 @@ def test_rows_name_rows_of_their_group(study: ModuleType) -> None:
             assert not entry.ladder or entry.start + 3 <= len(entry.ladder)
 
 
-def test_pages_are_what_their_records_give(study: ModuleType, continual: ModuleType) -> None:
-    assert study.main(["--check"]) == 0
-    assert continual.main(["--check"]) == 0
+def test_pages_are_what_their_records_give(
+    study: ModuleType, continual: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (study, continual, script("study_soups", monkeypatch)):
+        assert module.main(["--check"]) == 0
 
 
 class Faked:
@@ -358,3 +360,58 @@ def test_a_chain_with_a_dirty_run_says_so(continual: ModuleType, chained: Chaine
     assert "with uncommitted changes" not in continual.page(continual.whole(made))
     made["rows"][2]["runs"][1]["dirty"] = True
     assert "with uncommitted changes" in continual.page(continual.whole(made))
+
+
+# --- means of weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    module = script("study_soups", monkeypatch)
+    monkeypatch.setattr(module, "RECORD", tmp_path / "soups.json")
+    monkeypatch.setattr(module, "PAGE", tmp_path / "soups.md")
+    return module
+
+
+def test_soups_are_of_the_other_runs_and_all_are_asked_twice(
+    soups: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mixed: dict[str, list[str]] = {}
+    asked: list[str] = []
+
+    def commands(module: str, words: Sequence[str]) -> None:
+        named = dict(word.split("=", 1) for word in words)
+        if module == "ftlab.train":
+            Path(named["run_dir"]).mkdir(parents=True)
+            Path(named["run_dir"], "run.json").write_text(json.dumps(run_record(1.0, 50.0)))
+        elif module == "ftlab.soup":
+            mixed[Path(named["out"]).name] = [Path(run).name for run in named["runs"].strip("[]").split(",")]
+            Path(named["out"]).mkdir()
+        else:
+            weights = Path(named.get("model") or named.get("adapter") or "base").name
+            asked.append(f"{Path(named['run']).name} {weights}")
+            scores = {name: {"value": 60.0 if "uniform" in weights else 50.0} for name in ("exact_match", "loss")}
+            Path(named["out"]).write_text(json.dumps({"scores": {"after": scores}}))
+
+    monkeypatch.setattr(soups, "command", commands)
+    work = tmp_path / "work"
+    assert soups.main(["--run", "--work", str(work)]) == 0
+    assert mixed["uniform-soup-1"] == [f"seed-{seed}" for seed in (0, 2, 3, 4)]
+    assert mixed["WiSE-FT-alpha-=-0.5-3"] == ["seed-3"]
+    assert "seed-3 WiSE-FT-alpha-=-0.5-3" in asked
+    assert "elsewhere uniform-soup-1" in asked
+    assert {"seed-0 base", "elsewhere base"} <= set(asked)
+    assert len(asked) == 2 + 2 * len(soups.ROWS) * len(soups.SEEDS)
+    text = (tmp_path / "soups.md").read_text()
+    assert "| uniform soup | 60.0 ± 0.0 | +10.0 [+10.0, +10.0] | 60.00 ± 0.00 | 60.000 ± 0.000 | +10.000 [" in text
+    assert soups.main(["--check"]) == 0
+    before = len(asked)
+    soups.study(work, 2)
+    assert len(asked) == before, "what ended is kept"
+
+
+def test_the_runs_of_the_soups_compose(soups: ModuleType) -> None:
+    for words in ([*soups.NOISE.common, "training.seed=0"], soups.words_elsewhere()):
+        config, _ = compose(words)
+        validate(config)
+    assert config.data.name == "hpo-define"
