@@ -267,13 +267,13 @@ def loss_sum_of(config: Config) -> Any:
 def _objective(config: Config, model: AnyModel, cache: ActivationCache | None) -> LossSum:
     """What training lowers: the same sum as it is regularized, from cached activations if there are any."""
     chunk, hidden_states = config.training.head_chunk, None if cache is None else cache.hidden_states
-    smoothing = config.regularizer.label_smoothing
+    smoothing, agreement = config.regularizer.label_smoothing, config.regularizer.r_drop
     settings: dict[str, Any] = {"chunk": chunk, "hidden_states": hidden_states, "smoothing": smoothing}
     objective: Any = functools.partial(supervised_cross_entropy, **settings)
     if makes_classifier(config.data):
-        objective = classify.objective(config, config.regularizer.label_smoothing)
-    elif config.regularizer.r_drop > 0:
-        objective = functools.partial(r_drop, strength=config.regularizer.r_drop, **settings)
+        objective = classify.objective(config, smoothing, agreement)
+    elif agreement > 0:
+        objective = functools.partial(r_drop, strength=agreement, **settings)
     if config.regularizer.lwf.strength > 0:
         objective = LwF(model, config.regularizer.lwf, objective, chunk, hidden_states)
     if config.regularizer.mixout > 0:

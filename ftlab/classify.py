@@ -95,8 +95,8 @@ def check_lengths(examples: list[Example], model: Classifier) -> None:
         )
 
 
-def objective(config: Config, label_smoothing: float = 0.0) -> Any:
+def objective(config: Config, label_smoothing: float = 0.0, r_drop: float = 0.0) -> Any:
     """(model, batch) -> summed loss."""
     data = config.data
     assert makes_classifier(data)
-    return functools.partial(classification_loss, kind=data.labels, label_smoothing=label_smoothing)
+    return functools.partial(classification_loss, kind=data.labels, label_smoothing=label_smoothing, r_drop=r_drop)

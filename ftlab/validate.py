@@ -197,8 +197,8 @@ def check_labels(config: Config) -> None:
         "data.system": (data.system is not None, "texts with labels have no system message; leave it null"),
         "data.template": (data.template != "model", "texts with labels go through no chat template; leave it out"),
         "regularizer.r_drop": (
-            config.regularizer.r_drop > 0,
-            "R-Drop compares distributions over tokens; set it to 0",
+            config.regularizer.r_drop > 0 and data.labels == "regression",
+            "R-Drop compares distributions, and a number has none; set it to 0",
         ),
         "regularizer.lwf.strength": (
             config.regularizer.lwf.strength > 0,
@@ -389,13 +389,17 @@ def check_noise(config: Config) -> None:
                     f"set training.{key}=false or mixout=0"
                 )
     random = any(strength > 0 for strength in (*places.values(), *below_head.values()))
-    random = random or regularizer.mixout > 0
-    if regularizer.r_drop > 0 and not random and getattr(config.method, "dropout", 0) == 0:
+    random = random or regularizer.mixout > 0 or getattr(config.method, "dropout", 0) > 0
+    model, labelled = config.model, makes_classifier(config.data)
+    random = random or model.hidden_dropout > 0 or model.attention_dropout > 0 or (labelled and config.head.dropout > 0)
+    if regularizer.r_drop > 0 and not random:
+        place = "model.hidden_dropout in an encoder, " if labelled else ""
         raise ConfigError(
             f"regularizer.r_drop: {regularizer.r_drop} compares two passes, which are the same without dropout; give "
-            "regularizer.dropout.residual (or another place), method.dropout with method=lora, or r_drop=0"
+            f"{place}regularizer.dropout.residual (or another place), method.dropout with method=lora, or r_drop=0"
         )
-    without_kernel = {"label_smoothing": regularizer.label_smoothing, "dropout.attention": places["dropout.attention"]}
+    smoothing = 0.0 if labelled else regularizer.label_smoothing  # a classifier's loss goes through no kernel
+    without_kernel = {"label_smoothing": smoothing, "dropout.attention": places["dropout.attention"]}
     without = ("label_smoothing", "dropout.attention") if config.kernels == "native" else ("dropout.attention",)
     for name in without if config.kernels in ("native", "triton") else ():
         if without_kernel[name] > 0:

@@ -257,6 +257,7 @@ REGULARIZERS = Study(
             for name, words, key, values, start in (
                 ("label smoothing", (), "label_smoothing", ("0.02", "0.05", "0.1", "0.2"), 0),
                 ("mixout", (), "mixout", ("0.1", "0.3", "0.5", "0.7", "0.9"), 1),
+                ("R-Drop", ("model.hidden_dropout=0.1",), "r_drop", ("0.1", "0.3", "1", "3", "10"), 1),
                 ("SAM", (), "sam", ("0.02", "0.05", "0.1", "0.2"), 0),
                 ("L2", (), "l2.strength", ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2"), 1),
                 ("L1-SP", (), "l1_sp.strength", ("1e-7", "1e-6", "1e-5", "1e-4", "1e-3"), 1),

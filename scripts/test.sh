@@ -7,8 +7,8 @@
 #   scripts/test.sh tests/test_compose.py -k sweep
 #   scripts/test.sh -n 0               in one process: for a debugger, or to read what is printed
 #
-# One process a core, at most four: the tests use one thread each. A file's tests stay together.
+# One process a core, at most four: the tests use one thread each. A file's tests stay together. The slowest are listed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$root"
-exec "$python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+exec "$python" -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 25 --durations-min 5 "$@"

@@ -1,4 +1,4 @@
-"""The pages keep their word: commands parse and run, examples work, links lead somewhere, the tree is the tree.
+"""The pages keep their word: commands parse and run, examples work.
 
 A fenced block `bash` holds commands. Every one of them goes through the real command line with the task replaced
 (so a misspelt key, a missing file or a wrong type fails), and is then run, small, in the order of its page, in a folder
@@ -15,7 +15,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,12 +30,9 @@ from ftlab.evaluate import EvaluateArguments
 from ftlab.export import ExportArguments
 from ftlab.fisher import FisherArguments
 from ftlab.generate import GenerateArguments
-from ftlab.schema import NOT_HASHED
 from ftlab.soup import SoupArguments
+from tests.helpers.pages import PAGES, README, ROOT, named
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 SETTINGS = {
     "combine": CombineArguments,
     "evaluate": EvaluateArguments,
@@ -77,17 +73,6 @@ def commands(text: str) -> list[list[str]]:
         if (fence == "bash" or indented) and (words := shlex.split(line, comments=True)):
             found.append(words)
     return found
-
-
-def links(text: str) -> list[str]:
-    """Relative targets of links and images, without anchors."""
-    outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    targets = re.findall(r"\]\(([^)\s]+)\)", outside)
-    return [target.split("#")[0] for target in targets if "://" not in target and not target.startswith("#")]
-
-
-def named(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 WITH_COMMANDS = [page for page in PAGES if commands(page.read_text("utf-8"))]
@@ -536,52 +521,3 @@ def test_python_of_a_page_runs(page: Path, block: Block, story: Path) -> None:
 def test_the_regularizer_of_the_readme_is_short() -> None:
     (example,) = [block for block in blocks(README.read_text("utf-8")) if block.name == "group_lasso.py"]
     assert len([line for line in example.text.splitlines() if line.strip()]) < 20
-
-
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_links_lead_somewhere(page: Path) -> None:
-    dead = [target for target in links(page.read_text("utf-8")) if not (page.parent / target).exists()]
-    assert not dead
-
-
-def test_a_dead_link_is_noticed() -> None:
-    assert links("see [a](docs/a.md#top), ![b](c.png), [d](https://e.f) and [g](#here)\n") == ["docs/a.md", "c.png"]
-    assert links("```\n[no](link.md)\n```\n") == []
-
-
-def tree(text: str) -> list[str]:
-    """The folders that the README's table of folders lists."""
-    return re.findall(r"^\| `([\w./]+/)` \|", text, re.MULTILINE)
-
-
-def folders_in_git() -> set[str]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {line.split("/")[0] + "/" for line in listed.splitlines() if "/" in line}
-
-
-def test_the_tree_is_the_tree() -> None:
-    listed = tree(README.read_text("utf-8"))
-    assert [folder for folder in listed if not (ROOT / folder).is_dir()] == []
-    if (ROOT / ".git").exists():
-        assert folders_in_git() == {folder for folder in listed if folder.count("/") == 1}
-    packages = {f"ftlab/{init.parent.name}/" for init in (ROOT / "ftlab").glob("*/__init__.py")}
-    assert packages == {folder for folder in listed if folder.startswith("ftlab/") and folder != "ftlab/"}
-
-
-def test_every_page_can_be_reached_from_the_readme() -> None:
-    reachable, waiting = set(), [README]
-    while waiting:
-        page = waiting.pop()
-        if page in reachable:
-            continue
-        reachable.add(page)
-        targets = [(page.parent / target).resolve() for target in links(page.read_text("utf-8"))]
-        waiting += [target for target in targets if target.suffix == ".md" and target.is_file()]
-    assert set(PAGES) <= reachable
-
-
-def test_options_that_change_nothing_are_the_ones_that_are_not_hashed() -> None:
-    """docs/resume.md names them."""
-    section = (ROOT / "docs/resume.md").read_text("utf-8").split("## What may change")[1].split("\n## ")[0]
-    for key in NOT_HASHED:
-        assert f"`{key}`" in section or key in ("output_dir", "run_dir", "resume"), key

@@ -7,6 +7,14 @@
 Label smoothing s (Szegedy et al. 2015, arXiv 1512.00567) puts (1 - s) y + s / C in place of a single label's target,
 and (1 - s) y + s / 2 in place of each of several. What it adds to the loss is noted as label_smoothing/cost.
 
+R-Drop (Liang et al. 2021, arXiv 2106.14448) with strength a, over two passes under two masks with losses L1 and L2:
+
+    1/2 sum_e [ L1_e + L2_e + a / 2 (KL(p1_e || p2_e) + KL(p2_e || p1_e)) ]
+
+where p is the distribution over the labels; of several labels, each has one of its own and their KL add up. This is
+half of the paper's loss, so that the weight of the data does not change with R-Drop. Noted as r_drop/kl is what the
+strength multiplies.
+
 Shapes: E texts, C outputs.
 """
 
@@ -19,19 +27,34 @@ from torch import Tensor
 
 from ftlab.losses.scalars import note
 
-__all__ = ["classification_loss", "logits_loss"]
+__all__ = ["classification_loss", "logits_kl", "logits_loss"]
 
 
-def classification_loss(model: Any, batch: Any, kind: str, label_smoothing: float = 0.0) -> Tensor:
-    """The summed loss of a batch, an fp32 scalar.
+def classification_loss(model: Any, batch: Any, kind: str, label_smoothing: float = 0.0, r_drop: float = 0.0) -> Tensor:
+    """The summed loss of a batch, an fp32 scalar; with a strength of R-Drop, of two passes.
 
     A batch without targets gives 0 that is still connected to every parameter, as data-parallel training needs.
     """
-    logits_EC = model(batch)[: len(batch.labels)]
-    loss = logits_loss(logits_EC, batch.labels, kind, label_smoothing)
+    passes = [model(batch)[: len(batch.labels)] for _ in range(2 if r_drop > 0 else 1)]
+    loss = sum(logits_loss(logits_EC, batch.labels, kind, label_smoothing) for logits_EC in passes) / len(passes)
+    assert isinstance(loss, Tensor)
     if label_smoothing > 0:
-        note("label_smoothing/cost", loss.detach() - logits_loss(logits_EC.detach(), batch.labels, kind))
+        plain = sum(logits_loss(logits_EC.detach(), batch.labels, kind) for logits_EC in passes) / len(passes)
+        note("label_smoothing/cost", loss.detach() - plain)
+    if r_drop > 0:
+        divergence = logits_kl(passes[0], passes[1], kind)
+        note("r_drop/kl", divergence / 4)
+        loss = loss + r_drop / 4 * divergence
     return loss
+
+
+def logits_kl(one_EC: Tensor, other_EC: Tensor, kind: str) -> Tensor:
+    """KL(p || q) + KL(q || p) of the labels' distributions, summed over texts; kind: single or multi."""
+    if kind == "single":
+        log_p, log_q = one_EC.log_softmax(-1), other_EC.log_softmax(-1)
+        return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()
+    # Of a label that is or is not, log p - log q of both cases together is the difference of the logits.
+    return ((one_EC.sigmoid() - other_EC.sigmoid()) * (one_EC - other_EC)).sum()
 
 
 def logits_loss(logits_EC: Tensor, targets: Tensor, kind: str, label_smoothing: float = 0.0) -> Tensor:

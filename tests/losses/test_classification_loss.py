@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from ftlab.config import PrecisionConfig
 from ftlab.losses.classification import classification_loss, logits_loss
+from ftlab.losses.scalars import collecting
 from ftlab.models.labels import LabelSet
 from ftlab.training.loop import train_step
 from ftlab.training.parallel import Ranks, Replica
@@ -60,6 +62,29 @@ def test_the_gradient_does_not_depend_on_how_the_batch_was_split(labels: LabelSe
         assert nats == pytest.approx(float(alone.detach()), rel=1e-5)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [LABELS, MULTI], ids=lambda labels: labels.kind)
+def test_r_drop_is_two_passes_and_torchs_divergence_between_them(labels: LabelSet) -> None:
+    model = tiny_bert_classifier(labels, dropout=0.3).train()
+    batch = batch_of(texts(labels), labels)
+    noted: dict[str, torch.Tensor] = {}
+    torch.manual_seed(0)
+    with collecting(noted):
+        loss = classification_loss(model, batch, labels.kind, 0.1, r_drop=3.0)
+    torch.manual_seed(0)
+    passes = [model(batch)[: len(batch.labels)].detach().double() for _ in range(2)]
+    assert not torch.equal(*passes)
+    if labels.kind == "single":
+        one, other = (Categorical(logits=logits) for logits in passes)
+    else:
+        one, other = (Bernoulli(logits=logits) for logits in passes)
+    divergence = (kl_divergence(one, other) + kl_divergence(other, one)).sum()
+    nats, plain = (sum(logits_loss(z.float(), batch.labels, labels.kind, s) for z in passes) / 2 for s in (0.1, 0.0))
+    torch.testing.assert_close(loss, (nats + 0.75 * divergence).float())
+    assert loss.requires_grad
+    assert float(noted["r_drop/kl"]) == pytest.approx(float(divergence) / 4, rel=1e-4)
+    assert float(noted["label_smoothing/cost"]) == pytest.approx(float(nats - plain), rel=1e-4)
 
 
 @pytest.mark.parametrize("labels", [LABELS, MULTI, NUMBER], ids=lambda labels: labels.kind)
