@@ -38,9 +38,7 @@ class EvaluateArguments:
     )
     model: str | None = field(
         default=None,
-        metadata={
-            "help": "folder of a whole model to score in place of what the run trained: of a run, soup or export"
-        },
+        metadata={"help": "folder of a whole model to score in place of that: model/ of a run, a soup, an export"},
     )
     limit: int | None = field(default=None, metadata={"help": "only the first N records of the split"})
     batch_size: int | None = field(default=None, metadata={"help": "examples in one forward pass; null: the run's"})
@@ -52,23 +50,7 @@ def _run(argv: list[str]) -> int:
     arguments, words = parse(EvaluateArguments, argv, _USAGE)
     if words:
         raise ConfigError(f"{words[0]}: not a setting; {_USAGE}")
-    if arguments.base not in ("no", "also", "only"):
-        raise ConfigError(f"base={arguments.base}: give no, also or only")
-    if arguments.split not in ("train", "validation", "test"):
-        raise ConfigError(f"split={arguments.split}: give train, validation or test")
-    if arguments.adapter is not None and arguments.model is not None:
-        raise ConfigError("adapter, model: one of them is scored in place of what the run trained; leave one out")
-    for name in ("adapter", "model"):
-        folder = getattr(arguments, name)
-        if folder is not None and arguments.base == "only":
-            raise ConfigError(f"{name}: base=only scores the pretrained model alone; give base=also")
-        if folder is not None and not Path(folder).is_dir():
-            raise ConfigError(f"{name}={folder}: there is no such folder")
-    at_least_one(limit=arguments.limit, batch_size=arguments.batch_size)
-    if arguments.out is not None:
-        can_be_written("out", arguments.out)
-        if Path(arguments.out).is_dir():
-            raise ConfigError(f"out={arguments.out} is a folder; give a file")
+    _check(arguments)
 
     import json
 
@@ -93,13 +75,41 @@ def _run(argv: list[str]) -> int:
         if not ranks.is_main:
             return 0
     scores = {who: {name: score.as_dict() for name, score in result.scores.items()} for who, result in measured.items()}
+    if replaced := arguments.adapter or arguments.model:
+        print(f"{replaced}, on the data of {arguments.run}:")
     print("\n".join(score_lines(f"{arguments.split} split", scores)))
     if arguments.out is not None:
         answers = {who: [answer.as_dict() for answer in result.predictions] for who, result in measured.items()}
-        content = {"run": arguments.run, "split": arguments.split, "scores": scores, "predictions": answers}
+        asked = {name: getattr(arguments, name) for name in ("run", "adapter", "model", "split", "limit")}
+        content = {**asked, "scores": scores, "predictions": answers}
         atomic_write(Path(arguments.out), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         print(f"written to {arguments.out}")
     return 0
+
+
+def _check(arguments: EvaluateArguments) -> None:
+    """Errors: ConfigError, before anything is loaded."""
+    if arguments.base not in ("no", "also", "only"):
+        raise ConfigError(f"base={arguments.base}: give no, also or only")
+    if arguments.split not in ("train", "validation", "test"):
+        raise ConfigError(f"split={arguments.split}: give train, validation or test")
+    if arguments.adapter is not None and arguments.model is not None:
+        raise ConfigError("adapter, model: one of them is scored in place of what the run trained; leave one out")
+    for name in ("adapter", "model"):
+        folder = getattr(arguments, name)
+        if folder is not None and arguments.base == "only":
+            raise ConfigError(f"{name}: base=only scores the pretrained model alone; give base=also")
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{name}={folder}: there is no such folder")
+    if arguments.model is not None and not (Path(arguments.model) / "config.json").is_file():
+        is_adapter = (Path(arguments.model) / "adapter_config.json").is_file()
+        advice = "give it as adapter=" if is_adapter else f"is it {arguments.model}/model?"
+        raise ConfigError(f"model={arguments.model} is no whole model, it has no config.json; {advice}")
+    at_least_one(limit=arguments.limit, batch_size=arguments.batch_size)
+    if arguments.out is not None:
+        can_be_written("out", arguments.out)
+        if Path(arguments.out).is_dir():
+            raise ConfigError(f"out={arguments.out} is a folder; give a file")
 
 
 def _measure(arguments: EvaluateArguments, opened: OpenRun, data: DataSet, ranks: Ranks) -> Measured:

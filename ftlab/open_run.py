@@ -89,7 +89,8 @@ def open_run(
     """Load the model of a run; with `base` the pretrained one, untouched.
 
     adapter: a folder of ftlab's or PEFT's, whose adapter the pretrained model gets in place of what the run trained.
-    whole: a folder of a whole model of the run's architecture, whose weights are read in place of that.
+    whole: a folder of a whole model of the run's architecture, whose weights are read in place of that. With `base` the
+        pretrained weights are stored as those would be.
     """
     config, record = read_config(run_dir)
     if ranks is None:  # who joins ranks has settled it
@@ -97,8 +98,8 @@ def open_run(
         ranks = Ranks()
     tokenizer = build.build_tokenizer(config)
     labels = LabelSet.from_dict(record["labels"]) if record.get("labels") else None
-    moved = whole is not None and not base
-    held = replace(config, method=FullConfig()) if moved else config  # stored like weights that trained themselves
+    # A whole model is stored like weights that trained themselves, and so is the base that it is compared with.
+    held = config if whole is None else replace(config, method=FullConfig())
     model, method = build.build_base(held, tokenizer, ranks, labels)
     if base:
         model.requires_grad_(False)

@@ -388,12 +388,12 @@ def check_noise(config: Config) -> None:
                     f"regularizer.mixout: training.{key}=true would run blocks on other weights than the mixed ones; "
                     f"set training.{key}=false or mixout=0"
                 )
-    random = any(strength > 0 for strength in (*places.values(), *below_head.values()))
-    random = random or regularizer.mixout > 0 or getattr(config.method, "dropout", 0) > 0
-    model, labelled = config.model, makes_classifier(config.data)
-    random = random or model.hidden_dropout > 0 or model.attention_dropout > 0 or (labelled and config.head.dropout > 0)
-    if regularizer.r_drop > 0 and not random:
-        place = "model.hidden_dropout in an encoder, " if labelled else ""
+    labelled = makes_classifier(config.data)
+    # Not mixout: both passes of a step have its one mixture.
+    masks = [*places.values(), *below_head.values(), getattr(config.method, "dropout", 0)]
+    masks += [config.model.hidden_dropout, config.model.attention_dropout, config.head.dropout if labelled else 0]
+    if regularizer.r_drop > 0 and not any(masks):
+        place = "in an encoder model.hidden_dropout, in a decoder " if labelled else ""
         raise ConfigError(
             f"regularizer.r_drop: {regularizer.r_drop} compares two passes, which are the same without dropout; give "
             f"{place}regularizer.dropout.residual (or another place), method.dropout with method=lora, or r_drop=0"

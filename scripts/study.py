@@ -45,7 +45,7 @@ from study_definitions import SEEDS, STUDIES, TUNING_SEED, Entry, Study  # noqa:
 from ftlab.errors import DivergenceError  # noqa: E402
 from ftlab.files import atomic_write  # noqa: E402
 
-__all__ = ["Runs", "choose", "climb", "command", "commit", "how", "interval", "main", "page", "study"]
+__all__ = ["Runs", "choose", "climb", "command", "commit", "how", "interval", "main", "of", "page", "study"]
 
 BLOCK = re.compile(r"(<!-- study:(?P<name>\w+):(?P<row>[^>]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 # Two-sided 95 % quantile of Student's t by degrees of freedom: few seeds, so the normal one would be too narrow.
@@ -277,7 +277,7 @@ def page(name: str, record: dict[str, Any]) -> str:
         lines += [
             "interval (Student's t). A setting in the last column had the lowest validation loss of those in brackets, "
             "on",
-            f"seed {TUNING_SEED}, which is in no row.",
+            f"seed {TUNING_SEED}, which is in no row. Where it is the first or last of them, the best may lie beyond.",
         ]
     else:
         lines += ["interval (Student's t)."]
@@ -298,16 +298,21 @@ def page(name: str, record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def how(record: dict[str, Any]) -> list[str]:
-    """The section that says where a page's figures come from."""
+def of(words: Sequence[str], key: str) -> str:
+    """The value of a key among words."""
+    return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
+
+
+def how(record: dict[str, Any], *, memory: bool = True) -> list[str]:
+    """The section that says where a page's figures come from. memory: the page has a column of GiB."""
+    gib = "; GiB: peak memory of the process" if memory else ""
     dirty = ", with uncommitted changes" if record["dirty"] else ""
     where = f"on {record['device']['name']}, torch {record['packages']['torch']}, one thread a run"
     return [
         "",
         "## How",
         "",
-        f"`{record['command']}`, commit {record['commit'][:10]}{dirty}, {where}; GiB: peak memory of the process. All "
-        "runs:",
+        f"`{record['command']}`, commit {record['commit'][:10]}{dirty}, {where}{gib}. All runs:",
         "",
         f"`python -m ftlab.train {shlex.join(record['common'])}`",
     ]
@@ -328,7 +333,9 @@ def sentence(name: str, row_name: str, folder: str) -> str:
     parts = []
     for group, _ in plan.groups:
         rows = [row for row in record["rows"] if row["group"] == group]
-        row = next(row for row in rows if row["name"] == row_name)
+        row = next((row for row in rows if row["name"] == row_name), None)
+        if row is None:  # it stands in another table
+            continue
         own, first = ([[run["scores"][key] for run in r["runs"]] for key in (main_score, loss)] for r in (row, rows[0]))
         against = f" ({rows[0]['name']}: {spread(first[0])} and {spread(first[1], 2)})" if row is not rows[0] else ""
         words = f"{main_score.replace('_', ' ')} {spread(own[0])} %, test loss {spread(own[1], 2)}"

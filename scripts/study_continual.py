@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import climb, command, commit, how, interval, spread  # noqa: E402
+from study import climb, command, commit, how, interval, of, spread  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED, UPPER_HALF  # noqa: E402
 
 from ftlab.errors import DivergenceError  # noqa: E402
@@ -355,11 +355,6 @@ def whole(record: dict[str, Any]) -> dict[str, Any] | None:
     return record | {"rows": rows}
 
 
-def of(words: Sequence[str], key: str) -> str:
-    """The value of a key among words."""
-    return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
-
-
 def page(record: dict[str, Any]) -> str:
     """The page: the table, and how it came about."""
     first = record["rows"][0]["runs"]
@@ -396,7 +391,7 @@ def page(record: dict[str, Any]) -> str:
         *textwrap.wrap(
             "A strength had the highest mean exact match on the validation splits of the first two tasks, after the "
             f"second, of those in brackets, on seed {TUNING_SEED}, which is in no row. EWC's Fisher information is of "
-            "100 examples, labels drawn from the model. With replay a part of the steps goes to old examples.",
+            "100 examples, labels drawn from the model. With replay a share of the examples is old, so fewer are new.",
             118,
         ),
         *how({**first[0], "dirty": dirty, "command": record["command"], "common": record["common"]}),

@@ -78,6 +78,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (evaluate.main, ["limit=-3"], "limit=-3: give at least 1"),
         (evaluate.main, ["batch_size=0"], "batch_size=0: give at least 1"),
         (evaluate.main, ["model=nowhere"], "model=nowhere: there is no such folder"),
+        (evaluate.main, ["model=there"], "model=there is no whole model, it has no config.json; is it there/model?"),
         (evaluate.main, ["adapter=nowhere"], "adapter=nowhere: there is no such folder"),
         (evaluate.main, ["model=there", "base=only"], "base=only scores the pretrained model alone"),
         (evaluate.main, ["model=there", "adapter=there"], "one of them is scored"),

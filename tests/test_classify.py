@@ -121,6 +121,18 @@ def test_the_other_kinds_of_label(labels: str, tmp_path: Path) -> None:
     assert evaluate.main([f"run={tmp_path / 'run'}"]) == 0
 
 
+def test_r_drop_is_part_of_what_a_classifier_learns(tmp_path: Path) -> None:
+    words = ("method=full", "training.max_steps=1", "model.hidden_dropout=0.1", "evaluation.times=1")
+    losses = []
+    for strength in (1, 100):
+        trained(tmp_path / f"{strength}", *words, f"regularizer.r_drop={strength}")
+        lines = (tmp_path / f"{strength}/metrics.jsonl").read_text().splitlines()
+        first = next(line for line in map(json.loads, lines) if line["split"] == "train")
+        assert first["r_drop/kl"] > 0
+        losses.append(first["loss"] - strength * first["r_drop/kl"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), "the same two passes, and the rest is the divergence"
+
+
 @pytest.mark.parametrize("method", ["bitfit", "linear_probe", "freeze", "full", "lora_bert", "gradual_unfreeze"])
 def test_in_half_precision_what_trains_is_wider_than_what_is_frozen(method: str, tmp_path: Path) -> None:
     words = [f"method={method}", "precision=bf16", "training.max_steps=3", "evaluation.times=1"]
@@ -151,6 +163,14 @@ def test_export_gives_a_model_that_transformers_reads(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(batch.input_ids, attention_mask=batch.mask.long()).logits
         torch.testing.assert_close(opened.model(batch), expected, rtol=1e-4, atol=1e-5)
+    losses = []
+    for words_of_one in ([], [f"model={out}"]):
+        file = tmp_path / "scores.json"
+        assert evaluate.main([f"run={run_dir}", f"out={file}", *words_of_one]) == 0
+        content = json.loads(file.read_text())
+        losses.append(content["scores"]["after"]["loss"]["value"])
+    assert content["model"] == str(out)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def write_wordpiece(folder: Path) -> None:
@@ -180,7 +200,7 @@ def test_commands_that_need_text_refuse(finished: Path, capsys: pytest.CaptureFi
         (["data.labels=regression", "data.shots=2"], "data.shots: numbers have no classes"),
         (["data.labels=regression", "regularizer.label_smoothing=0.1"], "there is no label to smooth"),
         (["data.labels=regression", "regularizer.r_drop=1"], "R-Drop compares distributions, and a number has none"),
-        (["regularizer.r_drop=1"], "the same without dropout; give model.hidden_dropout in an encoder"),
+        (["regularizer.r_drop=1"], "the same without dropout; give in an encoder model.hidden_dropout"),
         (["data.shots=2", "data.limit_train=5"], "data.shots: data.limit_train"),
         (["checkpoint.metric=exact_match"], "is none of loss, accuracy"),
         (["data.labels=multi", "checkpoint.metric=mcc"], "is none of loss, subset_accuracy"),

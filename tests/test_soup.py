@@ -33,6 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "one": [],
         "two": ["training.seed=1", "optimizer.lr=1e-3"],
         "lora": ["method=lora", "method.rank=2", "optimizer.lr=1e-2"],
+        "half": ["method=lora", "precision=bf16", "training.max_steps=1"],
         "other_base": ["model.init_seed=7"],
         "other_data": ["data.split_seed=5"],
     }
@@ -127,6 +128,15 @@ def test_a_soup_and_another_run_are_scored_on_the_data_of_a_run(runs: Path, tmp_
     # a LoRA run, whose own weights are stored otherwise, asks a fully trained one
     assert scored(runs / "lora", f"model={runs / 'one/model'}") == pytest.approx(scored(runs / "one"), abs=1e-4)
     assert len({round(scored(runs / "one", f"model={runs / name}"), 4) for name in ("one/model", "two/model")}) == 2
+
+
+def test_a_whole_model_and_the_base_beside_it_are_stored_alike(runs: Path) -> None:
+    def dtypes(**how: Any) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in open_run(runs / "half", **how).model.parameters()}
+
+    assert torch.bfloat16 in dtypes(base=False)
+    for base in (False, True):
+        assert dtypes(base=base, whole=runs / "one/model") == {torch.float32}
 
 
 def test_a_greedy_soup_of_runs_is_no_worse_than_the_best_of_them(runs: Path, tmp_path: Path) -> None:

@@ -384,11 +384,14 @@ def test_soups_are_of_the_other_runs_and_all_are_asked_twice(
         if module == "ftlab.train":
             Path(named["run_dir"]).mkdir(parents=True)
             Path(named["run_dir"], "run.json").write_text(json.dumps(run_record(1.0, 50.0)))
-        elif module == "ftlab.soup":
-            mixed[Path(named["out"]).name] = [Path(run).name for run in named["runs"].strip("[]").split(",")]
-            Path(named["out"]).mkdir()
+        elif module in ("ftlab.soup", "ftlab.export"):
+            runs = [Path(run).name for run in (named.get("runs") or named["run"]).strip("[]").split(",")]
+            out = Path(named["out"])
+            mixed[out.name] = [*runs, named.get("alpha", "")]
+            out.mkdir()
+            (out / "soup.json").write_text(json.dumps({"runs": runs[:2]}))
         else:
-            weights = Path(named.get("model") or named.get("adapter") or "base").name
+            weights = Path(named["model"]).name
             asked.append(f"{Path(named['run']).name} {weights}")
             scores = {name: {"value": 60.0 if "uniform" in weights else 50.0} for name in ("exact_match", "loss")}
             Path(named["out"]).write_text(json.dumps({"scores": {"after": scores}}))
@@ -396,22 +399,28 @@ def test_soups_are_of_the_other_runs_and_all_are_asked_twice(
     monkeypatch.setattr(soups, "command", commands)
     work = tmp_path / "work"
     assert soups.main(["--run", "--work", str(work)]) == 0
-    assert mixed["uniform-soup-1"] == [f"seed-{seed}" for seed in (0, 2, 3, 4)]
-    assert mixed["WiSE-FT-alpha-=-0.5-3"] == ["seed-3"]
-    assert "seed-3 WiSE-FT-alpha-=-0.5-3" in asked
-    assert "elsewhere uniform-soup-1" in asked
-    assert {"seed-0 base", "elsewhere base"} <= set(asked)
-    assert len(asked) == 2 + 2 * len(soups.ROWS) * len(soups.SEEDS)
+    assert mixed["uniform-soup-1-weights"] == [*(f"seed-{seed}" for seed in (0, 2, 3, 4)), ""]
+    assert mixed["WiSE-FT-alpha-=-0.5-3-weights"] == ["seed-3", "0.5"]
+    assert mixed["base-weights"] == ["seed-0", "0"]
+    assert mixed["one-run-2-weights"] == ["seed-2", ""]
+    assert {"seed-3 WiSE-FT-alpha-=-0.5-3-weights", "elsewhere uniform-soup-1-weights"} <= set(asked)
+    assert len(asked) == 2 * (1 + len(soups.ROWS) * len(soups.SEEDS))
+    assert not [*work.rglob("*-weights")], "they are large"
     text = (tmp_path / "soups.md").read_text()
-    assert "| uniform soup | 60.0 ± 0.0 | +10.0 [+10.0, +10.0] | 60.00 ± 0.00 | 60.000 ± 0.000 | +10.000 [" in text
+    assert "| uniform soup | 60.0 ± 0.0 | +10.0 | 60.00 ± 0.00 | 60.000 ± 0.000 | +10.000 |" in text
+    assert "| WiSE-FT, alpha = 0.5 | 50.0 ± 0.0 | +0.0 [+0.0, +0.0] |" in text
+    assert "took: 1, 2 without 0; 0, 2 without 1;" in text
     assert soups.main(["--check"]) == 0
     before = len(asked)
     soups.study(work, 2)
     assert len(asked) == before, "what ended is kept"
+    monkeypatch.setattr(soups, "EXAMPLES", 3)
+    soups.study(work, 2)
+    assert len(asked) == 2 * before, "other words are another study"
 
 
 def test_the_runs_of_the_soups_compose(soups: ModuleType) -> None:
-    for words in ([*soups.NOISE.common, "training.seed=0"], soups.words_elsewhere()):
+    for words in ([*soups.NOISE.common, "training.seed=0"], soups.ELSEWHERE):
         config, _ = compose(words)
         validate(config)
     assert config.data.name == "hpo-define"

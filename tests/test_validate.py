@@ -113,6 +113,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         {"regularizer__r_drop": 1.0, "method__dropout": 0.0},
         "regularizer.r_drop: 1.0 compares two passes, which are the same without dropout",
     ),
+    (
+        {"regularizer__r_drop": 1.0, "regularizer__mixout": 0.5, "method": FullConfig()},
+        "regularizer.r_drop: 1.0 compares two passes, which are the same without dropout",
+    ),
     ({"regularizer__mixout": 0.5}, "regularizer.mixout: 0.5 mixes trained with pretrained weights"),
     (
         {"regularizer__mixout": 0.5, "method": FullConfig(), "training__activation_checkpointing": True},

@@ -72,8 +72,11 @@ def test_r_drop_is_two_passes_and_torchs_divergence_between_them(labels: LabelSe
     torch.manual_seed(0)
     with collecting(noted):
         loss = classification_loss(model, batch, labels.kind, 0.1, r_drop=3.0)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
     torch.manual_seed(0)
-    passes = [model(batch)[: len(batch.labels)].detach().double() for _ in range(2)]
+    passes = [model(batch)[: len(batch.labels)].double() for _ in range(2)]
     assert not torch.equal(*passes)
     if labels.kind == "single":
         one, other = (Categorical(logits=logits) for logits in passes)
@@ -81,10 +84,13 @@ def test_r_drop_is_two_passes_and_torchs_divergence_between_them(labels: LabelSe
         one, other = (Bernoulli(logits=logits) for logits in passes)
     divergence = (kl_divergence(one, other) + kl_divergence(other, one)).sum()
     nats, plain = (sum(logits_loss(z.float(), batch.labels, labels.kind, s) for z in passes) / 2 for s in (0.1, 0.0))
-    torch.testing.assert_close(loss, (nats + 0.75 * divergence).float())
-    assert loss.requires_grad
-    assert float(noted["r_drop/kl"]) == pytest.approx(float(divergence) / 4, rel=1e-4)
-    assert float(noted["label_smoothing/cost"]) == pytest.approx(float(nats - plain), rel=1e-4)
+    expected = nats + 0.75 * divergence
+    torch.testing.assert_close(loss, expected.float())
+    assert noted["r_drop/kl"].item() == pytest.approx(divergence.item() / 4, rel=1e-4)
+    assert noted["label_smoothing/cost"].item() == pytest.approx((nats - plain).item(), rel=1e-4)
+    expected.backward()
+    for name, gradient in ((name, p.grad) for name, p in model.named_parameters()):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [LABELS, MULTI, NUMBER], ids=lambda labels: labels.kind)
