@@ -4,7 +4,7 @@
 
 F is the diagonal Fisher information of task k and theta* the weights that it ended with (`ftlab.losses.fisher`). Under
 LoRA theta is the effective weight W + s B A: what earlier tasks need is protected whatever parametrisation moves it.
-The cost: B A of one layer at a time, made in the forward pass and again in the backward pass.
+The cost: B A, made a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ftlab.config import EWCConfig
 from ftlab.errors import FtlabError
 from ftlab.losses.fisher import FILE, read_fisher
 from ftlab.losses.penalties import AdapterLeaf, Penalty
+from ftlab.losses.products import sum_over_product
 
 __all__ = ["EWC"]
 
@@ -31,15 +32,18 @@ _SAME = 2.0**-7  # a base stored in bf16 and the anchor it was rounded from agre
 
 @dataclass
 class _Held:
-    """One parameter and one task: F [as the weight], and the anchor, or None where the frozen weight is the anchor."""
+    """One parameter and one task: F, and what the distance to theta* is the weight, or the update, plus.
+
+    offset: - theta* for a weight; for an update the pretrained weight minus theta*, or None where they are the same.
+    """
 
     name: str
     fisher: Tensor
-    anchor: Tensor | None
+    offset: Tensor | None
 
 
 class EWC(Penalty):
-    """The pull to the tasks of finished runs. F is kept in bf16, anchors in fp32, on the parameters' device.
+    """The pull to the tasks of finished runs. F is kept in bf16, offsets in fp32, on the parameters' device.
 
     Errors: FtlabError if a run has no Fisher information, knows another model, or protects nothing that trains.
     """
@@ -71,12 +75,12 @@ class EWC(Penalty):
             if leaf is None and not weight.requires_grad:
                 continue  # frozen: it stays where it is
             found += 1
-            anchor: Tensor | None = anchors[name].to(weight.device)
-            if leaf is not None and torch.allclose(
-                weight.detach().float(), anchors[name].to(weight.device), _SAME, 1e-6
-            ):
-                anchor = None
-            self.held.append(_Held(name, values.to(weight.device), anchor))
+            anchor = anchors[name].to(weight.device)
+            offset: Tensor | None = -anchor
+            if leaf is not None:
+                pretrained = weight.detach().float()
+                offset = None if torch.allclose(pretrained, anchor, _SAME, 1e-6) else pretrained - anchor
+            self.held.append(_Held(name, values.to(weight.device), offset))
         if not found:
             raise FtlabError(
                 f"regularizer.ewc: nothing that trains here was measured in {path}; train the same weights, or "
@@ -91,6 +95,8 @@ class EWC(Penalty):
         return 0.5 * self.strength * torch.stack(terms).sum()
 
     def _term(self, weight: Tensor | None, leaf: AdapterLeaf | None, held: _Held) -> Tensor:
+        if leaf is not None and (product := leaf.product()) is not None:
+            return sum_over_product(product, held.offset, functools.partial(_weighted_block, held.fisher))
         pieces = functools.partial(_weighted, weight, leaf, held)
         # Only the parameters are kept for the backward pass, not a difference as large as they are.
         term: Tensor = checkpoint(pieces, use_reentrant=False, preserve_rng_state=False)
@@ -104,15 +110,15 @@ class EWC(Penalty):
 def _weighted(weight: Tensor | None, leaf: AdapterLeaf | None, held: _Held) -> Tensor:
     """sum F (theta - theta*)^2 of one parameter: fp32 scalar."""
     with torch.autocast(held.fisher.device.type, enabled=False):
-        if leaf is None:
-            assert held.anchor is not None
-            assert weight is not None
-            distance = weight.float() - held.anchor
-        else:
-            distance = leaf.delta_weight()
-            if held.anchor is not None:
-                distance = distance + (leaf.pretrained_weight() - held.anchor)
+        moved = leaf.delta_weight() if leaf is not None else weight
+        assert moved is not None
+        distance = moved.float() if held.offset is None else moved.float() + held.offset
         return (distance.square() * held.fisher).sum()
+
+
+def _weighted_block(fisher: Tensor, distance: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    weighted = distance * fisher[rows]
+    return torch.dot(weighted.view(-1), distance.view(-1)), weighted.mul_(2)
 
 
 def _adapters(model: nn.Module) -> dict[str, AdapterLeaf]:

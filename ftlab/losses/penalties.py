@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from ftlab.config import RegularizerConfig
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.losses.anchors import content_hash, mapped
+from ftlab.losses.products import sum_over_product
 from ftlab.models.heads import fresh_parameters
 from ftlab.patterns import pattern_and_factor
 
@@ -76,6 +77,9 @@ class AdapterLeaf(Protocol):
 
     def delta_weight(self) -> Tensor:
         """The update itself: fp32, as large as the weight, with a gradient."""
+
+    def product(self) -> tuple[Tensor, Tensor, float] | None:
+        """P [out, k], Q [k, in] and s of an update s P Q: fp32, with gradients. None if the update is no product."""
 
 
 class L2SP(Penalty):
@@ -213,7 +217,7 @@ class L2(Penalty):
 class L1SP(L2SP):
     """strength * ||theta - theta0||_1 (arXiv 1802.01483, equation 4), where theta0 is `model` when this is built.
 
-    Under LoRA the distance is that of the effective weight: B A of one layer at a time, made in both passes.
+    Under LoRA the distance is that of the effective weight: B A, made a block of rows at a time.
     """
 
     name = "l1_sp"
@@ -223,8 +227,15 @@ class L1SP(L2SP):
         parameters = dict(model.named_parameters())
         terms = [(parameters[name].float() - anchor).abs().sum() for name, anchor in self.anchors.items()]
         for _, leaf in _adapter_leaves(model):
-            terms.append(checkpoint(_absolute, leaf, use_reentrant=False, preserve_rng_state=False))
+            if (product := leaf.product()) is not None:
+                terms.append(sum_over_product(product, None, _absolute_of_block))
+            else:
+                terms.append(checkpoint(_absolute, leaf, use_reentrant=False, preserve_rng_state=False))
         return self.strength * torch.stack(terms).sum()
+
+
+def _absolute_of_block(elements: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    return elements.abs().sum(), elements.sign()
 
 
 def _absolute(leaf: AdapterLeaf) -> Tensor:

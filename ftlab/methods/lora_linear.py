@@ -192,6 +192,10 @@ class LoRALinear(nn.Linear):
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return torch.addmm(self._base(), self.principal_B, self.principal_A, alpha=self.scale)
 
+    def product(self) -> tuple[Tensor, Tensor, float] | None:
+        """P [out, k], Q [k, in] and s of the update s P Q: fp32, with gradients; None with DoRA: it is no product."""
+        return None if self.lora_magnitude_vector is not None else (*self._factors(), self.scale)
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         """P [out, k] and Q [k, in] whose product is the update over s.
 

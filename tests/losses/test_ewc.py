@@ -152,7 +152,7 @@ def test_value_and_gradient_of_two_tasks(
         if reference is not None:
             torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5 * float(reference.abs().max()))
     if isinstance(method, LoRAConfig) and not base_moved:
-        assert all(held.anchor is None for held in penalty.held), "the frozen weight is the anchor: none is kept"
+        assert all(held.offset is None for held in penalty.held), "the frozen weight is the anchor: none is kept"
 
 
 def test_nothing_to_protect_is_refused(tmp_path: Path) -> None:
