@@ -201,7 +201,8 @@ TINY = {
     "checkpoint.every_steps": "1",
     "checkpoint.metric": "loss",
 }
-TOO_LARGE = ("model.", "tracking.", "method.layers=")  # settings of the page that make no sense beside these
+# Settings of a page that make no sense beside these.
+TOO_LARGE = ("model.location=", "tracking.", "method.layers=")
 FETCHED = (  # labelled sources that are downloaded: topics stand for them
     "data=hpo_organ",
     "data=privacy_policy",
