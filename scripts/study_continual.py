@@ -211,6 +211,10 @@ class Plan:
         # What belongs to the first task's run is shared, so no two chains may make it at once.
         self.firsts = {seed: threading.Lock() for seed in (TUNING_SEED, *SEEDS)}
 
+    def first(self, seed: int) -> None:
+        """Learn the first task."""
+        self.chain("nothing", None, seed)
+
     def chain(self, way: str, setting: str | None, seed: int) -> Chain:
         """A chain whose first task is learnt."""
         chain = Chain(self.work, way, setting, seed)
@@ -287,14 +291,14 @@ def study(work: Path, jobs: int) -> dict[str, Any]:
     waiting = concurrent.futures.ThreadPoolExecutor(len(WAYS))
     try:
         together([waiting.submit(plan.choose, way) for way in WAYS])
-        together(
-            [
-                plan.pool.submit(plan.run_chain, way, seed)
-                for seed in SEEDS
-                for way in WAYS
-                if seed not in map(by_seed, record.row(way)["runs"])
-            ]
-        )
+        missing = {seed: [way for way in WAYS if seed not in map(by_seed, record.row(way)["runs"])] for seed in SEEDS}
+        seeds = [seed for seed in SEEDS if missing[seed]]
+        chains = []
+        for place, seed in enumerate(seeds):
+            # One seed ahead, so that no chain waits for a first task that another has just begun.
+            chains += [plan.pool.submit(plan.first, other) for other in seeds[place : place + 2]]
+            chains += [plan.pool.submit(plan.run_chain, way, seed) for way in missing[seed]]
+        together(chains)
     finally:
         plan.pool.shutdown(cancel_futures=True)  # what has begun ends, and who waits for the rest is told
         waiting.shutdown()
