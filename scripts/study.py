@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs/results"
+DOCS = ROOT / "docs"
+RESULTS = DOCS / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from study_definitions import SEEDS, STUDIES, TUNING_SEED, Entry, Study  # noqa: E402
@@ -45,7 +46,7 @@ from study_definitions import SEEDS, STUDIES, TUNING_SEED, Entry, Study  # noqa:
 from ftlab.errors import DivergenceError  # noqa: E402
 from ftlab.files import atomic_write  # noqa: E402
 
-__all__ = ["Runs", "choose", "climb", "command", "commit", "how", "interval", "main", "of", "page", "study"]
+__all__ = ["Runs", "choose", "climb", "command", "commit", "how", "interval", "main", "of", "page", "spread", "study"]
 
 BLOCK = re.compile(r"(<!-- study:(?P<name>\w+):(?P<row>[^>]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 # Two-sided 95 % quantile of Student's t by degrees of freedom: few seeds, so the normal one would be too narrow.
@@ -294,6 +295,10 @@ def page(name: str, record: dict[str, Any]) -> str:
             *verdict(rows, plan.scores[2]),
         ]
         lines += ["", f"All of this table: `{shlex.join(words)}`."] if words else []
+    lines += [
+        "",
+        "What a step takes in time, by what trains: [what freezing saves](../methods/freeze.md#what-it-saves).",
+    ]
     lines += [*how(record), "", f"with the words in the record: [{name}.json]({name}.json)."]
     return "\n".join(lines) + "\n"
 
@@ -343,24 +348,48 @@ def sentence(name: str, row_name: str, folder: str) -> str:
     text = (
         f"Measured ({row_name}), mean ± standard deviation of {len(SEEDS)} seeds. {'; '.join(parts)}. {plan.subject}: "
     )
-    link = f"[all rows]({folder}/{page_file(name).name})."
-    return "\n".join(textwrap.wrap(text + link, 118, break_long_words=False, break_on_hyphens=False)) + "\n"
+    return wrapped(f"{text}[all rows]({folder}/{page_file(name).name}).")
 
 
-def rewrite(text: str, folder: str) -> str:
-    """A page with the sentences of its studies made anew."""
-    return BLOCK.sub(lambda found: f"{found[1]}{sentence(found['name'], found['row'], folder)}{found[4]}", text)
+def wrapped(text: str) -> str:
+    """As a paragraph of a page."""
+    return "\n".join(textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)) + "\n"
+
+
+# (study, row, folder of the results as a page names it) -> what stands between the markers; None: as it is.
+SentenceOf = Callable[[str, str, str], str | None]
+
+
+def own_sentence(name: str, row: str, folder: str) -> str | None:
+    """Of the studies of this script."""
+    return sentence(name, row, folder) if name in STUDIES else None
+
+
+def rewrite(text: str, folder: str, sentence_of: SentenceOf = own_sentence) -> str:
+    """A page with the sentences between its markers made anew."""
+
+    def anew(found: re.Match[str]) -> str:
+        made = sentence_of(found["name"], found["row"], folder)
+        return found[0] if made is None else f"{found[1]}{made}{found[4]}"
+
+    return BLOCK.sub(anew, text)
+
+
+def write_sentences(sentence_of: SentenceOf, check: bool) -> bool:
+    """Rewrite all pages; with `check` only compare. Says whether they are current now."""
+    current = True
+    for target in sorted(DOCS.rglob("*.md")):
+        old = target.read_text("utf-8")
+        text = rewrite(old, os.path.relpath(RESULTS, target.parent), sentence_of)
+        current &= not check or text == old
+        if text != old and not check:
+            atomic_write(target, text)
+    return current
 
 
 def write_pages(names: Sequence[str], check: bool) -> bool:
     """Write the pages of the records that exist; with `check` only compare. Says whether all are current."""
-    current = True
-    for target in sorted((ROOT / "docs").rglob("*.md")):
-        old = target.read_text("utf-8")
-        text = rewrite(old, os.path.relpath(RESULTS, target.parent))
-        current &= not check or text == old
-        if text != old and not check:
-            atomic_write(target, text)
+    current = write_sentences(own_sentence, check)
     for name in names:
         file = RESULTS / f"{name}.json"
         if not file.is_file():

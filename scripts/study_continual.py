@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import climb, command, commit, how, interval, of, spread  # noqa: E402
+from study import climb, command, commit, how, interval, of, spread, wrapped, write_sentences  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED, UPPER_HALF  # noqa: E402
 
 from ftlab.errors import DivergenceError  # noqa: E402
@@ -408,6 +408,26 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "Record: [continual.json](continual.json)."]) + "\n"
 
 
+def sentence(name: str, row_name: str, folder: str) -> str | None:
+    """What was measured of one way, for its page; None for another study's."""
+    if name != "continual":
+        return None
+    record = whole(json.loads(RECORD.read_text("utf-8"))) if RECORD.is_file() else None
+    if record is None:
+        return f"Not measured yet ({row_name}): there is no record of `scripts/study_continual.py`.\n"
+    rows = [next(row for row in record["rows"] if row["name"] == wanted) for wanted in (row_name, "nothing")]
+    own, nothing = ([at_end(run) for run in row["runs"]] for row in rows)
+    parts = [
+        f"{task} {spread([end[task] for end in own])} (nothing: {spread([end[task] for end in nothing])})"
+        for task in TASKS
+    ]
+    return wrapped(
+        f"Measured ({(rows[0]['setting'] or row_name).removeprefix('regularizer.')}), mean ± standard deviation of {len(own)} seeds, "
+        f"exact match in percent after the last of three tasks: {', '.join(parts)}. SmolLM2 with LoRA: "
+        f"[all ways]({folder}/{PAGE.name})."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or write or check its page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -419,14 +439,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.run:
         with tempfile.TemporaryDirectory() as temporary:
             study((arguments.work or Path(temporary)).resolve(), arguments.jobs)
+    current = write_sentences(sentence, arguments.check)
     record = whole(json.loads(RECORD.read_text("utf-8"))) if RECORD.is_file() else None
-    if record is None:
-        return 0
-    text = page(record)
-    if arguments.check:
-        return 0 if PAGE.is_file() and PAGE.read_text("utf-8") == text else 1
-    atomic_write(PAGE, text)
-    return 0
+    if record is not None:
+        text = page(record)
+        if arguments.check:
+            current &= PAGE.is_file() and PAGE.read_text("utf-8") == text
+        else:
+            atomic_write(PAGE, text)
+    return 0 if current else 1
 
 
 if __name__ == "__main__":

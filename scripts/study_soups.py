@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import command, commit, how, interval, of, spread  # noqa: E402
+from study import command, commit, how, interval, of, spread, wrapped, write_sentences  # noqa: E402
 from study_definitions import NOISE, SEEDS  # noqa: E402
 
 from ftlab.files import atomic_write  # noqa: E402
@@ -200,6 +200,27 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "Record: [soups.json](soups.json)."]) + "\n"
 
 
+def sentence(name: str, row_name: str, folder: str) -> str | None:
+    """What was measured of one row, for its page; None for another study's."""
+    if name != "soups":
+        return None
+    if not RECORD.is_file():
+        return f"Not measured yet ({row_name}): there is no record of `scripts/study_soups.py`.\n"
+    record = json.loads(RECORD.read_text("utf-8"))
+    own, one = (next(row for row in record["rows"] if row["name"] == name)["runs"] for name in (row_name, "one run"))
+    parts = [
+        f"{label} {spread([run[key] for run in own], digits)} (one run: {spread([run[key] for run in one], digits)})"
+        for key, label, digits in (
+            ("exact_match", "exact match in percent", 1),
+            ("loss_elsewhere", "loss elsewhere", 3),
+        )
+    ]
+    return wrapped(
+        f"Measured ({row_name}), mean ± standard deviation of {len(own)} seeds: {', '.join(parts)}. SmolLM2 with LoRA, "
+        f"lay phrase to clinical term: [all rows]({folder}/{PAGE.name})."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or write or check its page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,13 +233,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             made = study((arguments.work or Path(temporary)).resolve(), arguments.jobs)
         atomic_write(RECORD, json.dumps(made, indent=1) + "\n")
-    if not RECORD.is_file():
-        return 0
-    text = page(json.loads(RECORD.read_text("utf-8")))
-    if arguments.check:
-        return 0 if PAGE.is_file() and PAGE.read_text("utf-8") == text else 1
-    atomic_write(PAGE, text)
-    return 0
+    current = write_sentences(sentence, arguments.check)
+    if RECORD.is_file():
+        text = page(json.loads(RECORD.read_text("utf-8")))
+        if arguments.check:
+            current &= PAGE.is_file() and PAGE.read_text("utf-8") == text
+        else:
+            atomic_write(PAGE, text)
+    return 0 if current else 1
 
 
 if __name__ == "__main__":

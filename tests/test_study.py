@@ -36,6 +36,13 @@ def continual(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script("study_continual", monkeypatch)
 
 
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
+    """A page of its own in place of the documentation, so that no test writes there."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/page.md").write_text(text)
+    monkeypatch.setattr(sys.modules["study"], "DOCS", tmp_path / "docs")
+
+
 def run_record(loss: float, accuracy: float) -> dict[str, Any]:
     """What a run of these would leave in run.json."""
     names = ("accuracy", "macro_f1", "loss", "exact_match", "token_f1")
@@ -255,6 +262,7 @@ class Chained:
 @pytest.fixture
 def chained(continual: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Chained:
     commands = Chained()
+    elsewhere(monkeypatch, tmp_path, "<!-- study:continual:EWC -->\n<!-- /study -->\n")
     monkeypatch.setattr(continual, "command", commands)
     monkeypatch.setattr(continual, "RECORD", tmp_path / "continual.json")
     monkeypatch.setattr(continual, "PAGE", tmp_path / "continual.md")
@@ -282,6 +290,13 @@ def test_the_chain_asks_each_task_after_each_and_the_page_counts_what_was_lost(
     assert "held-out examples (7, 7, 7 of the three)" in " ".join(text.split())
     assert "| +23.3 [+23.3, +23.3] | 15.0 ± 0.0 | 15.0 ± 0.0 | 1.00 | `regularizer.replay.share=0.2` [" in text
     assert sys.executable not in text
+    sentence = " ".join((tmp_path / "docs/page.md").read_text().split())
+    assert "Measured (ewc.strength=100), mean ± standard deviation of 5 seeds" in sentence
+    assert "medical 42.0 ± 1.6 (nothing: 12.0 ± 1.6), legal 42.0" in sentence
+    assert continual.main(["--check"]) == 0
+    (tmp_path / "docs/page.md").write_text("<!-- study:continual:EWC -->\nby hand\n<!-- /study -->\n")
+    assert continual.main(["--check"]) == 1
+    assert continual.main([]) == 0
     assert continual.main(["--check"]) == 0
 
 
@@ -368,6 +383,7 @@ def test_a_chain_with_a_dirty_run_says_so(continual: ModuleType, chained: Chaine
 @pytest.fixture
 def soups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     module = script("study_soups", monkeypatch)
+    elsewhere(monkeypatch, tmp_path, "<!-- study:soups:uniform soup -->\n<!-- /study -->\n")
     monkeypatch.setattr(module, "RECORD", tmp_path / "soups.json")
     monkeypatch.setattr(module, "PAGE", tmp_path / "soups.md")
     return module
@@ -410,6 +426,10 @@ def test_soups_are_of_the_other_runs_and_all_are_asked_twice(
     assert "| uniform soup | 60.0 ± 0.0 | +10.0 | 60.00 ± 0.00 | 60.000 ± 0.000 | +10.000 |" in text
     assert "| WiSE-FT, alpha = 0.5 | 50.0 ± 0.0 | +0.0 [+0.0, +0.0] |" in text
     assert "took: 1, 2 without 0; 0, 2 without 1;" in text
+    sentence = " ".join((tmp_path / "docs/page.md").read_text().split())
+    assert (
+        "Measured (uniform soup), mean ± standard deviation of 5 seeds: exact match in percent 60.0 ± 0.0 (" in sentence
+    )
     assert soups.main(["--check"]) == 0
     before = len(asked)
     soups.study(work, 2)
