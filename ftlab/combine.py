@@ -21,7 +21,9 @@ _USAGE = "usage: python -m ftlab.combine adapters=[DIR,DIR,...] out=DIR [weights
 class CombineArguments:
     """Settings of the combine command."""
 
-    adapters: str = field(metadata={"help": "[DIR,DIR,...]: folders of runs, or of adapters of ftlab or PEFT"})
+    adapters: str = field(
+        metadata={"help": "[DIR,DIR,...]: folders of runs, or of adapters of ftlab or PEFT; no DoRA, no classifiers"}
+    )
     out: str = field(metadata={"help": "new folder for the sum, which PEFT and ftlab load"})
     weights: str | None = field(
         default=None, metadata={"help": "[NUMBER,NUMBER,...], one an adapter, any sign; null: each 1 / their number"}

@@ -1,7 +1,8 @@
 """``python -m ftlab.fisher run=DIR``: what a finished run's task needs of each weight, for regularizer=ewc.
 
 Writes DIR/fisher.safetensors: the diagonal Fisher information of the weights that the run moved (under LoRA of the
-effective weights of the adapted layers), measured on its training examples, and those weights.
+effective weights of the adapted layers), measured on its training examples, and those weights. With decay= also that of
+the runs that it was held to, for every weight that any of them moved.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftlab.arguments import at_least_one, guarded, parse
-from ftlab.errors import ConfigError
+from ftlab.errors import ConfigError, FtlabError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ftlab.config import Config
     from ftlab.open_run import OpenRun
@@ -98,10 +99,10 @@ def _run(argv: list[str]) -> int:
         progress.close()
         facts = FisherFacts(arguments.kind, len(order), arguments.seed)
         if arguments.decay is not None:
-            fisher, tasks = _with_earlier(fisher, arguments.decay, config)
+            fisher, tasks = _with_earlier(fisher, arguments.decay, config, model)
             facts = FisherFacts(arguments.kind, len(order), arguments.seed, tasks)
         path = Path(arguments.run) / FILE
-        save_fisher(path, fisher, {name: model.get_parameter(name) for name in names}, facts)
+        save_fisher(path, fisher, {name: model.get_parameter(name) for name in fisher}, facts)
     mean = sum(float(f.double().sum()) for f in fisher.values()) / sum(f.numel() for f in fisher.values())
     print(f"mean {mean:.3g} over {sum(f.numel() for f in fisher.values()):,} weights, written to {path}")
     print(f"now: python -m ftlab.train ... regularizer=ewc 'regularizer.ewc.source=[{arguments.run}]'")
@@ -121,18 +122,31 @@ def _moved(opened: OpenRun) -> list[str]:
     return names
 
 
-def _with_earlier(fisher: dict[str, Tensor], decay: float, config: Config) -> tuple[dict[str, Tensor], int]:
-    """decay * F of the run's own sources + F (online EWC, Schwarz et al. 2018, arXiv 1805.06370, equation 9)."""
+def _with_earlier(
+    fisher: dict[str, Tensor], decay: float, config: Config, model: nn.Module
+) -> tuple[dict[str, Tensor], int]:
+    """decay * F of the run's own sources + F (online EWC, Schwarz et al. 2018, arXiv 1805.06370, equation 9).
+
+    A weight that only an earlier run moved keeps decay * F: later runs name this one alone, and that task needs it.
+    model: plain, as `fisher` was measured on. Errors: FtlabError for a source whose weights `model` does not have.
+    """
     from ftlab.losses.fisher import FILE, read_fisher
 
     tasks = 1
+    parameters = dict(model.named_parameters())
     for source in config.regularizer.ewc.source:
         earlier: Mapping[str, Tensor]
         earlier, _, facts = read_fisher(Path(source) / FILE)
         tasks += facts.tasks
         for name, value in earlier.items():
-            if name in fisher:
-                fisher[name] = fisher[name] + decay * value.to(fisher[name])
+            weight = parameters.get(name)
+            if weight is None or weight.shape != value.shape:
+                raise FtlabError(
+                    f"decay: {Path(source) / FILE} is of another model ({name} {list(value.shape)} is not here); "
+                    "restore the run that this one was held to"
+                )
+            decayed = decay * value.to(weight.device).float()
+            fisher[name] = fisher[name] + decayed if name in fisher else decayed
     return fisher, tasks
 
 

@@ -15,7 +15,7 @@ from ftlab_kernels.check import KernelMismatchError
 
 from ftlab import build
 from ftlab.compose import config_hash, run_folder, to_yaml
-from ftlab.config import Config, option_classes
+from ftlab.config import Config, GradualUnfreezeConfig, option_classes
 from ftlab.data.loader import RowLoader
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.evaluation.measure import Measured, Measures
@@ -36,6 +36,7 @@ from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, 
 from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, changed_inputs, seed_rng
 from ftlab.training.tracking import Tracker
+from ftlab.training.unfreezing import Unfreezing
 
 __all__ = ["train"]
 
@@ -200,6 +201,12 @@ class _Session:
         if not data.validation and (evaluation.times or evaluation.every_steps):
             if checkpoint.patience is not None:
                 raise ConfigError("checkpoint.patience: there is no validation example to be patient with")
+            method = self.config.method
+            if isinstance(method, GradualUnfreezeConfig) and method.trigger == "stall":
+                raise ConfigError(
+                    "method.trigger: stall counts validations, and no validation example is left; give others, raise "
+                    "data.max_length, or give method.trigger=epoch"
+                )
             self.tell("no validation example: nothing is validated, and the last weights are the result")
         if not data.test and evaluation.test:
             self.tell("no test example: nothing is scored at the end")
@@ -494,6 +501,8 @@ class _Session:
                 self.record.update(best=best)
                 best_step = counters.best_step
         for hook in run.hooks:
+            if isinstance(hook, Unfreezing) and (line := hook.unreached(state)) is not None:
+                self.tell(line)
             if isinstance(hook, Averaging):
                 result = hook.settle(state, best_step)
                 self.tell(result)

@@ -21,6 +21,7 @@ from ftlab.config import (
     GradualUnfreezeConfig,
     HPODataConfig,
     LabelledDataConfig,
+    LinearProbeConfig,
     LoRAConfig,
     PretrainedConfig,
     RandomBertConfig,
@@ -253,7 +254,12 @@ def check_location(location: str, key: str) -> None:
 
 
 def check_method(config: Config) -> None:
-    """LoRA needs something to adapt; rates have a form; unfreezing keeps no activations, and may need validation."""
+    """Rates have a form and act; unfreezing keeps no activations and may need validation; LoRA needs targets."""
+    if isinstance(config.method, LinearProbeConfig) and config.method.layer_decay != 1:
+        raise ConfigError(
+            f"method.layer_decay: {config.method.layer_decay} sets the rates of blocks, and with method=linear_probe a "
+            "head alone trains; leave it at 1, and give the head a rate of its own by method.rates"
+        )
     if isinstance(config.method, GradualUnfreezeConfig):
         if config.training.activation_cache_gib > 0:
             raise ConfigError(
@@ -487,11 +493,16 @@ def check_evaluation(config: Config) -> None:
                 )
     own_files = isinstance(config.data, FilesDataConfig | LabelledDataConfig)
     named = own_files and getattr(config.data, "validation", None) is not None
-    if checkpoint.patience is not None and config.data.validation_fraction == 0 and not named:
+    needing: list[tuple[str, int | str, str]] = []
+    if checkpoint.patience is not None:
+        needing.append(("checkpoint.patience", checkpoint.patience, "null"))
+    if isinstance(config.method, GradualUnfreezeConfig) and config.method.trigger == "stall":
+        needing.append(("method.trigger", "stall", "epoch"))
+    for key, value, instead in needing if config.data.validation_fraction == 0 and not named else ():
         files = " or data.validation" if own_files else ""
         raise ConfigError(
-            f"checkpoint.patience: {checkpoint.patience} needs validation, and data.validation_fraction is 0; give "
-            f"data.validation_fraction{files}, or checkpoint.patience=null"
+            f"{key}: {value} needs validation, and data.validation_fraction is 0; give "
+            f"data.validation_fraction{files}, or {key}={instead}"
         )
     every: tuple[str, ...] = (*LOSS_METRICS, *GENERATION_METRICS)
     if makes_classifier(config.data):

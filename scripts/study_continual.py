@@ -421,10 +421,10 @@ def sentence(name: str, row_name: str, folder: str) -> str | None:
         f"{task} {spread([end[task] for end in own])} (nothing: {spread([end[task] for end in nothing])})"
         for task in TASKS
     ]
+    setting = (rows[0]["setting"] or row_name).removeprefix("regularizer.")
     return wrapped(
-        f"Measured ({(rows[0]['setting'] or row_name).removeprefix('regularizer.')}), mean ± standard deviation of {len(own)} seeds, "
-        f"exact match in percent after the last of three tasks: {', '.join(parts)}. SmolLM2 with LoRA: "
-        f"[all ways]({folder}/{PAGE.name})."
+        f"Measured ({setting}), mean ± standard deviation of {len(own)} seeds, exact match in percent "
+        f"after the last of three tasks: {', '.join(parts)}. SmolLM2 with LoRA: [all ways]({folder}/{PAGE.name})."
     )
 
 

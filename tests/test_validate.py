@@ -15,7 +15,9 @@ from ftlab.config import (
     CosineConfig,
     FilesDataConfig,
     FullConfig,
+    GradualUnfreezeConfig,
     HPODataConfig,
+    LinearProbeConfig,
     LoRAConfig,
     RandomConfig,
     WSDConfig,
@@ -98,6 +100,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         },
         "is 0; give data.validation_fraction, or checkpoint.patience=null",
     ),
+    (
+        {"data__validation_fraction": 0.0, "method": GradualUnfreezeConfig(trigger="stall")},
+        "method.trigger: stall needs validation, and data.validation_fraction is 0; give data.validation_fraction or "
+        "data.validation, or method.trigger=epoch",
+    ),
+    (
+        {"method": LinearProbeConfig(layer_decay=0.5)},
+        "method.layer_decay: 0.5 sets the rates of blocks, and with method=linear_probe a head alone trains; leave it "
+        "at 1, and give the head a rate of its own by method.rates",
+    ),
     ({"regularizer__l2_sp__strength": -1.0}, "regularizer.l2_sp.strength: -1.0 is out of range"),
     ({"regularizer__label_smoothing": 1.0}, "regularizer.label_smoothing: 1.0 is out of range"),
     ({"regularizer__dropout__hidden": 1.0}, "regularizer.dropout.hidden: 1.0 is out of range"),
@@ -155,6 +167,13 @@ def test_a_contradiction_is_refused(values: dict[str, Any], expected: str) -> No
         {"checkpoint__metric": "bleu"},
         {"data__validation_fraction": 0.0},
         {"data__validation_fraction": 0.0, "data__validation": __file__, "checkpoint__patience": 2},
+        {
+            "data__validation_fraction": 0.0,
+            "data__validation": __file__,
+            "method": GradualUnfreezeConfig(trigger="stall"),
+        },
+        {"data__validation_fraction": 0.0, "method": GradualUnfreezeConfig()},
+        {"method": LinearProbeConfig(rates=["lm_head:0.5"])},
     ],
 )
 def test_what_only_looks_like_a_contradiction_passes(values: dict[str, Any]) -> None:

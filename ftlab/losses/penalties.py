@@ -91,7 +91,8 @@ class L2SP(Penalty):
     `cpu`, or in files that are mapped, `mmap` (base: the checkpoint of `model`); adapters and a strength of 0 need
     none. Sums run in fp32, under autocast too. Differs from the paper: no factors 1/2.
 
-    Errors: ConfigError for a rule that is none or matches nothing; FtlabError where an adapter's own weight trains too.
+    Errors: ConfigError for a rule that is none or matches nothing, and where a strength or beta above 0 has nothing to
+    act on; FtlabError where an adapter's own weight trains too.
     """
 
     name = "l2_sp"
@@ -127,6 +128,9 @@ class L2SP(Penalty):
         }
         self.factors = _factors(f"regularizer.{self.name}.rules", rules, [*held, *layers])
         held = {name: p for name, p in held.items() if strength > 0 and self.factors[name] > 0}
+        pulled = bool(held) or (strength > 0 and any(self.factors[layer] > 0 for layer in layers))
+        if (strength > 0 or beta > 0) and not pulled and not (beta > 0 and self.fresh):
+            raise ConfigError(self._nothing_to_hold())
         dtype = torch.bfloat16 if anchor == "bf16" else torch.float32
         self.anchors: dict[str, Tensor] = (
             mapped(held, base)
@@ -155,6 +159,21 @@ class L2SP(Penalty):
         totals = [self.strength * torch.stack(terms).sum()] if terms else []
         totals += [self.beta * torch.stack(fresh).sum()] if fresh else []
         return totals[0] if len(totals) == 1 else totals[0] + totals[1]
+
+    def _nothing_to_hold(self) -> str:
+        """Why a strength or beta above 0 acts on nothing, and what to do."""
+        key = f"regularizer.{self.name}"
+        if self.strength > 0 and self.factors:
+            return f"{key}.rules: they let go of every weight that trains; leave one a factor above 0"
+        if self.strength == 0:
+            return f"{key}.beta: it pulls what has no pretrained value, and nothing of that trains; set it to 0"
+        if not self.fresh:
+            return f"{key}: the model has no trainable weight to hold back; let some train, or set {key}.strength=0"
+        other = f"{key}.beta, which pulls it to zero" if self.name == "l2_sp" else f"{key}.strength=0"
+        return (
+            f"{key}: only what has no pretrained value trains ({', '.join(self.fresh)}), so there is nothing to hold "
+            f"it to; let pretrained weights train too, as method=full does, or set {other}"
+        )
 
     def _times(self, name: str, term: Tensor) -> Tensor:
         factor = self.factors[name]
@@ -217,7 +236,7 @@ class L2(Penalty):
 class L1SP(L2SP):
     """strength * ||theta - theta0||_1 (arXiv 1802.01483, equation 4), where theta0 is `model` when this is built.
 
-    Under LoRA the distance is that of the effective weight: B A, made a block of rows at a time.
+    Under LoRA the distance is that of the effective weight: B A, made a block of rows at a time. Errors: those of L2SP.
     """
 
     name = "l1_sp"
@@ -248,7 +267,7 @@ def build_penalties(config: RegularizerConfig, model: nn.Module, base: Path | No
     Call it when `model` holds the pretrained weights and its trainability is settled. base: where these were read from;
     None: nowhere. An entry of `extra` is
     {_target_: module.Class, ...arguments}: the class is called with the model and the arguments. Errors: ConfigError
-    naming the entry that cannot be imported or built, or is not a penalty.
+    naming the entry that cannot be imported or built, or is not a penalty, or has nothing to act on.
     """
     penalties: list[Penalty] = []
     if (l2_sp := config.l2_sp).strength > 0 or l2_sp.beta > 0:
@@ -311,7 +330,12 @@ def _factors(key: str, rules: Sequence[str], names: Sequence[str]) -> dict[str, 
         found[name] = 1.0 if which is None else parsed[which][1]
         used.add(which)
     if idle := [rules[number] for number in range(len(rules)) if number not in used]:
-        raise ConfigError(f"{key}: {idle[0]!r} matches nothing that is held, such as {', '.join(names[:3])}")
+        held = (
+            f", such as {', '.join(names[:3])}"
+            if names
+            else ": nothing that has a pretrained value trains; leave it out"
+        )
+        raise ConfigError(f"{key}: {idle[0]!r} matches nothing that is held{held}")
     return found
 
 

@@ -25,6 +25,7 @@ from ftlab.methods.peft_folder import (
     PREFIX,
     WEIGHTS,
     adapted_layers,
+    classifier_heads,
     read_sample,
     read_settings,
     read_tensors,
@@ -47,7 +48,15 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in a folder of ftlab's or PEFT's. Errors: FtlabError, for DoRA too."""
+    """The adapter in a folder of ftlab's or PEFT's.
+
+    Errors: FtlabError if it cannot be read, has tensors beside A and B, is DoRA, or a classifier's.
+    """
+    if heads := classifier_heads(folder):
+        raise FtlabError(
+            f"{folder} is a classifier's adapter (modules_to_save={heads}), whose head cannot be added up; score it by "
+            f"python -m ftlab.evaluate run=DIR adapter={folder}, or combine adapters of language models"
+        )
     settings, tensors = read_settings(folder), read_tensors(folder)
     if settings.dora:
         raise FtlabError(
@@ -59,6 +68,13 @@ def read_adapter(folder: Path) -> Adapter:
         if a is None or b is None or a.shape[:1] != b.shape[1:] or len(a) != settings.rank_of(name):
             raise FtlabError(f"{folder / WEIGHTS}: A and B of {name} do not fit together, or not the rank in {CONFIG}")
         factors[name] = (a.float(), settings.scale_of(name) * b.float())
+    known = {f"{PREFIX}{name}.lora_{letter}.weight" for name in factors for letter in "AB"}
+    if foreign := sorted(tensors.keys() - known):
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise FtlabError(
+            f"{folder / WEIGHTS} holds what is no A or B of a linear layer and would be lost in a sum: {shown}; merge "
+            "this adapter in PEFT (merge_and_unload) and give the merged model as model.location"
+        )
     if not factors:
         raise FtlabError(f"{folder / WEIGHTS} holds no LoRA adapter")
     return Adapter(str(folder), factors, settings.base, read_sample(folder))

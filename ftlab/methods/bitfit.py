@@ -6,7 +6,7 @@ from torch import nn
 
 from ftlab.config import BitFitConfig
 from ftlab.errors import ConfigError
-from ftlab.methods.rules import NORM, own_rules, table
+from ftlab.methods.rules import NORM, graded, num_blocks, own_rules, table
 from ftlab.methods.trainable import Rule, TrainableTable
 from ftlab.methods.weights import WholeModel
 
@@ -26,8 +26,10 @@ class BitFit(WholeModel):
             raise ConfigError(
                 "method=bitfit: this model has no biases; with method.train_norms=true the weights of its norms train"
             )
-        rules = [*own_rules(self.config.rates), Rule(r"(.*\.)?\w*bias", trainable=True)]
-        rules.append(Rule(rf"(.*\.)?{NORM}", trainable=self.config.train_norms))
+        decay, total = self.config.layer_decay, num_blocks(model)
+        rules = [*own_rules(self.config.rates), *graded(r"(.*\.)?\w*bias", decay, total)]
+        norms = rf"(.*\.)?{NORM}"
+        rules += graded(norms, decay, total) if self.config.train_norms else [Rule(norms, trainable=False)]
         found = table(model, [*rules, Rule(".*", trainable=False)], len(self.config.rates))
         found.apply(model)
         return found

@@ -16,7 +16,10 @@ __all__ = ["LinearProbe"]
 
 
 class LinearProbe(WholeModel):
-    """The weight of the head trains; every block, norm and embedding is frozen."""
+    """The weight of the head trains; every block, norm and embedding is frozen.
+
+    `layer_decay` has no blocks to act on, and `ftlab.validate` refuses it.
+    """
 
     def __init__(self, config: LinearProbeConfig) -> None:
         self.config = config

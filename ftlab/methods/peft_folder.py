@@ -31,6 +31,7 @@ __all__ = [
     "WEIGHTS",
     "Settings",
     "adapted_layers",
+    "classifier_heads",
     "config_of",
     "first_match",
     "overrides",
@@ -52,6 +53,8 @@ _UNDERSTOOD = {
     *("target_modules", "task_type", "use_dora", "use_rslora", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "ensure_weight_tying", "modules_to_save"),
 }
+# What PEFT puts into modules_to_save of every classifier, though a model has but one of them.
+_HEADS = ("classifier", "score")
 # First values of A and B that also change the base weights, which the folder does not hold.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -92,27 +95,32 @@ def first_match(patterns: Mapping[str, float], layer: str, otherwise: float) -> 
 
 
 def read_settings(folder: Path, whole: Sequence[str] = ()) -> Settings:
-    """whole: the layers that stand whole beside the adapters, as modules_to_save.
+    """whole: the model's heads, which modules_to_save must name; the name of a head it does not have may stand beside.
 
-    Errors: FtlabError if it is no LoRA adapter, or uses what ftlab does not have.
+    Errors: FtlabError if it is no LoRA adapter, uses what ftlab does not have, or has another head than the model.
     """
     path = folder / CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FtlabError(f"{path} cannot be read: {error}; give a folder that training or PEFT wrote") from error
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        raise FtlabError(f"{path} does not describe a LoRA adapter; its peft_type must be LORA")
+    found = _read_config(path)
+    saved = _saved_whole(found)
     foreign = [key for key in sorted(found) if found[key] and key not in _UNDERSTOOD]
     if found.get("bias", "none") != "none":
         foreign.append("bias")
-    if (found.get("modules_to_save") or []) != list(whole):
-        here = f" (here {list(whole)})" if whole else ""
-        foreign.append(f"modules_to_save={found.get('modules_to_save')}{here}")
+    if others := [name for name in saved if name not in (*_HEADS, *whole)]:
+        foreign.append(f"modules_to_save={others}")
     if foreign:
         raise FtlabError(
             f"{path} uses {', '.join(foreign)}, which ftlab does not have; load this adapter with PEFT, or merge it "
             "there (merge_and_unload) and give the merged model as model.location"
+        )
+    if saved and not whole:
+        raise FtlabError(
+            f"{path} is a classifier's (modules_to_save={saved}), but the model here has no head; give the adapter to "
+            "a run on data with labels"
+        )
+    if absent := [name for name in whole if name not in saved]:
+        raise FtlabError(
+            f"{path}: modules_to_save={found.get('modules_to_save')} does not have the model's head, {absent[0]}; "
+            "give an adapter of such a classifier"
         )
     start = found.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
@@ -135,6 +143,30 @@ def read_settings(folder: Path, whole: Sequence[str] = ()) -> Settings:
         raise FtlabError(
             f"{path} is incomplete or damaged ({type(error).__name__}: {error}); write it again"
         ) from error
+
+
+def classifier_heads(folder: Path) -> list[str]:
+    """The heads that modules_to_save names, of which the folder has one; empty in an adapter of a language model.
+
+    Errors: FtlabError if it is no LoRA adapter.
+    """
+    return [name for name in _saved_whole(_read_config(folder / CONFIG)) if name in _HEADS]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FtlabError(f"{path} cannot be read: {error}; give a folder that training or PEFT wrote") from error
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise FtlabError(f"{path} does not describe a LoRA adapter; its peft_type must be LORA")
+    return found
+
+
+def _saved_whole(found: Mapping[str, Any]) -> list[Any]:
+    """The names in modules_to_save."""
+    names = found.get("modules_to_save") or []
+    return names if isinstance(names, list) else [names]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -19,7 +19,17 @@ from ftlab.methods.trainable import Rule, TrainableTable
 from ftlab.models.heads import fresh_layers, fresh_parameters
 from ftlab.patterns import pattern_and_factor
 
-__all__ = ["Choice", "adapter_table", "block_numbers", "num_blocks", "own_rules", "table", "weight_table"]
+__all__ = [
+    "Choice",
+    "adapter_table",
+    "block_numbers",
+    "block_of",
+    "graded",
+    "num_blocks",
+    "own_rules",
+    "table",
+    "weight_table",
+]
 
 EMBEDDING = r"(.*\.)?(embed_tokens\.weight|embeddings\..*)"
 HEAD = r"(.*\.)?(lm_head|pooler|classifier|score)\..*"
@@ -37,9 +47,15 @@ class Choice:
     norms: str = "trained"
 
 
+def block_of(name: str) -> int | None:
+    """The number of the block that a parameter lies in, by its name; None outside of blocks."""
+    found = _BLOCK.search(name)
+    return None if found is None else int(found.group(1))
+
+
 def num_blocks(model: nn.Module) -> int:
     """How many blocks the parameter names of `model` count."""
-    numbers = [int(found.group(1)) for name, _ in model.named_parameters() if (found := _BLOCK.search(name))]
+    numbers = [block for name, _ in model.named_parameters() if (block := block_of(name)) is not None]
     return max(numbers, default=-1) + 1
 
 
@@ -126,6 +142,15 @@ def table(model: nn.Module, rules: Sequence[Rule], own: int) -> TrainableTable:
             "method: nothing trains with these settings; let blocks, norms, the head or the embedding train"
         )
     return found
+
+
+def graded(what: str, decay: float, total: int) -> list[Rule]:
+    """Trainable rules over all that matches `what`, in the blocks, the embedding and above them, each at its rate."""
+    above = Rule(what, trainable=True)
+    if decay == 1:
+        return [above]
+    embedding = Rule(rf"(?={EMBEDDING}$){what}", trainable=True, lr_scale=decay**total)
+    return [*_of_blocks(range(total), what, decay, total), embedding, above]
 
 
 def _of_blocks(blocks: Iterable[int], what: str, decay: float, total: int) -> list[Rule]:

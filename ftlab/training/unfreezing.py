@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ftlab.config import GradualUnfreezeConfig
+from ftlab.methods.rules import block_of
 from ftlab.training.hooks import Hook
 from ftlab.training.loop import Fit
 from ftlab.training.state import TrainState
@@ -34,7 +35,10 @@ class Unfreezing(Hook):
     def before_step(self, state: TrainState, run: Fit) -> None:
         """Enter the stage that is due, if it is another than the present one."""
         counters = state.counters
-        if self.config.trigger != "stall":
+        if self.config.trigger == "stall":
+            if counters.stalled >= self.config.every:
+                counters.stage, counters.stalled = counters.stage + 1, 0
+        else:
             counters.stage = (counters.step if self.config.trigger == "step" else counters.epoch) // self.config.every
         counters.stage = min(counters.stage, len(self.stages) - 1)
         if counters.stage != self.entered:
@@ -46,13 +50,31 @@ class Unfreezing(Hook):
             )
 
     def after_validation(self, state: TrainState, run: Fit, *, better: bool) -> None:
-        """Count validations without a better value, where that is the trigger."""
-        counters = state.counters
-        if self.config.trigger != "stall":
-            return
-        counters.stalled = 0 if better else counters.stalled + 1
-        if counters.stalled >= self.config.every:
-            counters.stage, counters.stalled = min(counters.stage + 1, len(self.stages) - 1), 0
+        """Count validations without a better value, where that is the trigger.
+
+        The next stage begins with the next step, so that the counters never name one in which nothing was trained.
+        """
+        if self.config.trigger == "stall":
+            state.counters.stalled = 0 if better else state.counters.stalled + 1
+
+    def unreached(self, state: TrainState) -> str | None:
+        """At the end of a run: what never trained, as its stage never came, and what to do; None if every one came."""
+        stage, config = state.counters.stage, self.config
+        if stage >= len(self.stages) - 1:
+            return None
+        names = [name for later in self.stages[stage + 1 :] for name in later]
+        blocks = [block for name in names if (block := block_of(name)) is not None]
+        parts = []
+        if blocks:
+            low, high = min(blocks), max(blocks)
+            parts.append(f"block {low}" if low == high else f"blocks {low} to {high}")
+        if len(blocks) < len(names):
+            parts.append("the embedding")
+        sooner = f", lower method.every={config.every}" if config.every > 1 else ""
+        return (
+            f"gradual unfreezing ended at stage {stage + 1} of {len(self.stages)}: {' and '.join(parts)} never trained"
+            f"; train longer (training.epochs, training.max_steps){sooner} or raise method.blocks={config.blocks}"
+        )
 
     def enter(self, model: nn.Module, stage: int) -> None:
         """Set `requires_grad` of the parameters of every stage."""

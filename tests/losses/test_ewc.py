@@ -21,6 +21,7 @@ from ftlab.losses.penalties import build_penalties
 from ftlab.methods import make_method
 from ftlab.methods.lora import lora_leaves
 from ftlab.models.llama import LlamaForCausalLM
+from ftlab.open_run import open_run
 from ftlab.session import train
 from tests.helpers.training import ragged_examples, tiny_llama
 
@@ -265,6 +266,39 @@ def test_from_one_run_to_the_next(method: str, tmp_path: Path, capsys: pytest.Ca
     assert any(not torch.equal(plain[name], held[name]) for name in plain)
     assert command.main([f"run={tmp_path / 'held'}", "examples=4", "decay=0.5"]) == 0
     assert read_fisher(tmp_path / "held" / FILE)[2].tasks == 2
+
+
+def test_online_ewc_keeps_what_only_an_earlier_run_moved(tmp_path: Path) -> None:
+    """Only the newest run is named afterwards, so its file must hold what it left alone."""
+    first, then = tmp_path / "first", tmp_path / "then"
+    short = ["training.max_steps=2", "evaluation.generate=false"]
+    run(first, *short, "method=full")
+    assert command.main([f"run={first}", "examples=2"]) == 0
+    run(then, *short, "method=lora", "regularizer=ewc", f"regularizer.ewc.source=[{first}]", "training.seed=1")
+    assert command.main([f"run={then}", "examples=2"]) == 0
+    moved, ends, _ = read_fisher(then / FILE)
+    assert command.main([f"run={then}", "examples=2", "decay=0.25"]) == 0
+    earlier, first_ends, _ = read_fisher(first / FILE)
+    both, anchors, facts = read_fisher(then / FILE)
+    assert facts.tasks == 2
+    assert both.keys() == earlier.keys() > moved.keys(), "full fine-tuning moves more than LoRA adapts"
+    base = open_run(then, base=True).model
+    for name in earlier.keys() - moved.keys():
+        assert torch.equal(both[name], 0.25 * earlier[name]), "a power of 2: nothing is rounded"
+        assert torch.equal(anchors[name], base.get_parameter(name)), "where this run's model has it"
+        assert not torch.equal(anchors[name], first_ends[name])
+    for name, values in moved.items():
+        expected = values.float() + 0.25 * earlier[name].float()
+        torch.testing.assert_close(both[name].float(), expected, rtol=2**-7, atol=0)
+        assert torch.equal(anchors[name], ends[name])
+
+
+def test_online_ewc_refuses_another_model(tmp_path: Path) -> None:
+    config, _ = compose(["+experiment=full_tiny"])
+    config.regularizer.ewc.source = [str(tmp_path)]
+    save_fisher(tmp_path / FILE, {"x": torch.ones(2)}, {"x": torch.ones(2)}, FisherFacts("true", 1, 0))
+    with pytest.raises(FtlabError, match=r"another model \(x \[2\] is not here\)"):
+        command._with_earlier({}, 0.5, config, tiny_llama())
 
 
 @pytest.mark.parametrize(

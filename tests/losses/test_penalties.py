@@ -6,11 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ftlab.config import FullConfig, L2SPConfig, LoRAConfig, RegularizerConfig
+from ftlab.config import (
+    FullConfig,
+    L1SPConfig,
+    L2SPConfig,
+    LinearProbeConfig,
+    LoRAConfig,
+    MethodConfig,
+    RegularizerConfig,
+)
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.losses.penalties import L2SP, Penalty, build_penalties
+from ftlab.losses.penalties import L1SP, L2SP, Penalty, build_penalties
 from ftlab.methods import make_method
 from ftlab.methods.lora import lora_leaves
+from tests.helpers.classifiers import tiny_bert_classifier
 from tests.helpers.models import tiny_llama
 
 
@@ -141,3 +150,69 @@ def test_two_penalties_of_one_name_are_refused() -> None:
     own = {"_target_": "tests.losses.test_penalties.MeanOfSquares", "strength": 0.5}
     with pytest.raises(ConfigError, match="same name"):
         build_penalties(extra(a=own, b=own), tiny_llama())
+
+
+NEW_ALONE = r"only what has no pretrained value trains \(classifier\.weight, classifier\.bias\).*method="
+FROZEN_HEAD = FullConfig(rates=["classifier:0"])
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "message"),
+    [
+        (LinearProbeConfig(), RegularizerConfig(l1_sp=L1SPConfig(0.1)), rf"regularizer\.l1_sp: {NEW_ALONE}"),
+        (LinearProbeConfig(), RegularizerConfig(l2_sp=L2SPConfig(0.1)), rf"regularizer\.l2_sp: {NEW_ALONE}.*beta"),
+        (
+            LinearProbeConfig(),
+            RegularizerConfig(l2_sp=L2SPConfig(0.1, mode="decoupled")),
+            rf"regularizer\.l2_sp: {NEW_ALONE}.*beta",
+        ),
+        (FROZEN_HEAD, RegularizerConfig(l2_sp=L2SPConfig(beta=0.1)), r"regularizer\.l2_sp\.beta: .* set it to 0"),
+        (
+            FullConfig(),
+            RegularizerConfig(l2_sp=L2SPConfig(0.1, rules=[".*:0"])),
+            r"regularizer\.l2_sp\.rules: .*above 0",
+        ),
+        (
+            LinearProbeConfig(),
+            RegularizerConfig(l2_sp=L2SPConfig(0.1, rules=["query:2"])),
+            "matches nothing that is held: nothing that has a pretrained value trains",
+        ),
+    ],
+)
+def test_nothing_to_hold_is_refused_when_it_is_built(
+    method: MethodConfig, config: RegularizerConfig, message: str
+) -> None:
+    model = tiny_bert_classifier()
+    make_method(method).apply(model)
+    with pytest.raises(ConfigError, match=message):
+        build_penalties(config, model)
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        (LinearProbeConfig(), RegularizerConfig(l2_sp=L2SPConfig(0.1, beta=0.2))),
+        (LinearProbeConfig(), RegularizerConfig(l2_sp=L2SPConfig(beta=0.2))),
+        (LinearProbeConfig(), RegularizerConfig(l2_sp=L2SPConfig(beta=0.2, mode="decoupled"))),
+        (FullConfig(), RegularizerConfig(l2_sp=L2SPConfig(0.1, beta=0.2, rules=[".*:0"]))),
+        (FROZEN_HEAD, RegularizerConfig(l2_sp=L2SPConfig(0.1, beta=0.2))),
+        (LoRAConfig(rank=2, targets=["query"]), RegularizerConfig(l2_sp=L2SPConfig(0.1))),
+        (LoRAConfig(rank=2, targets=["query"]), RegularizerConfig(l1_sp=L1SPConfig(0.1))),
+    ],
+)
+def test_something_to_hold_is_enough(method: MethodConfig, config: RegularizerConfig) -> None:
+    model = tiny_bert_classifier()
+    make_method(method).apply(model)
+    (penalty,) = build_penalties(config, model)
+    jiggle(model)
+    assert float(penalty.value(model).detach()) > 0
+
+
+def test_a_strength_of_0_has_nothing_to_hold_and_a_causal_head_is_pretrained() -> None:
+    model = tiny_bert_classifier()
+    make_method(LinearProbeConfig()).apply(model)
+    assert build_penalties(RegularizerConfig(), model) == []
+    assert not L2SP(model, 0.0).anchors
+    causal = tiny_llama(tie_word_embeddings=False)
+    make_method(LinearProbeConfig()).apply(causal)
+    assert set(L2SP(causal, 0.1).anchors) == set(L1SP(causal, 0.1).anchors) == {"lm_head.weight"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ftlab import combine
@@ -19,8 +20,9 @@ from ftlab.methods.lora import LoRA, lora_leaves
 from ftlab.methods.peft_folder import config_of
 from ftlab.models.checkpoint import save_safetensors
 from ftlab.models.llama import LlamaForCausalLM
+from tests.helpers.classifiers import tiny_bert_classifier
 from tests.helpers.models import random_ids, tiny_llama
-from tests.methods.test_peft_folders import run
+from tests.methods.test_peft_folders import run, written_by_peft
 from tests.methods.test_variants import peft_model
 
 IDS = random_ids(2, 11)
@@ -126,6 +128,36 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     method.save(model, tmp_path / "dora", "file:base")
     with pytest.raises(FtlabError, match=r"use_dora.*do not add up"):
         read_adapter(tmp_path / "dora")
+
+
+def test_a_tensor_that_a_sum_would_lose_is_refused_by_name(tmp_path: Path) -> None:
+    written_by_peft(tiny_llama(), tmp_path, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(FtlabError, match=r"lost in a sum: .*embed_tokens\.lora_embedding_A\b.*; merge"):
+        read_adapter(tmp_path / "adapter")
+    written_by_peft(tiny_llama(), tmp_path)
+    read_adapter(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    start, state = "base_model.model.model.layers.0.self_attn.", load_file(weights)
+    one = torch.ones(1)
+    for name in ("q_proj.lora_magnitude_vector", "v_proj.lora_B.weight"):
+        save_file(state | {start + name: one}, weights)
+        with pytest.raises(FtlabError, match=f"no A or B of a linear layer .*self_attn.{name}; merge"):
+            read_adapter(tmp_path / "adapter")
+
+
+def test_a_classifiers_adapter_is_no_summand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_bert_classifier()
+    method = make_method(LoRAConfig(rank=2, targets=["query"]))
+    method.apply(model)
+    for name in ("a", "b"):
+        method.save(model, tmp_path / name, "file:base")
+    wanted = (
+        r"is a classifier's adapter \(modules_to_save=\['classifier'\]\), whose head cannot be added up; .*evaluate"
+    )
+    with pytest.raises(FtlabError, match=wanted):
+        read_adapter(tmp_path / "a")
+    assert combine.main([f"adapters=[{tmp_path / 'a'},{tmp_path / 'b'}]", f"out={tmp_path / 'sum'}"]) != 0
+    assert "whose head cannot be added up" in capsys.readouterr().err
 
 
 def test_a_copy_of_the_model_keeps_what_acts(tmp_path: Path) -> None:

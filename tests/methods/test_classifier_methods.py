@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from ftlab import evaluate, train
 from ftlab.config import (
     BitFitConfig,
     FreezeConfig,
@@ -20,11 +22,15 @@ from ftlab.config import (
     LoRAConfig,
     MethodConfig,
 )
+from ftlab.data.labelled import LabelledExample, collate_labelled
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import make_method
+from ftlab.methods.lora import LoRA
+from ftlab.methods.peft_folder import config_of
 from ftlab.methods.trainable import trainable_parameters
 from ftlab.models.checkpoint import save_safetensors
 from ftlab.models.heads import Classifier
+from ftlab.open_run import open_run
 from tests.helpers.classifiers import batch_of, shake, texts, tiny_bert_classifier, tiny_llama_classifier
 
 BERT_LORA = LoRAConfig(rank=2, alpha=4.0, targets=["query", "key", "value", "dense"])
@@ -158,3 +164,80 @@ def test_peft_computes_the_same(tmp_path: Path) -> None:
     batch = batch_of(texts())
     expected = theirs(batch.input_ids, attention_mask=batch.mask.long(), token_type_ids=batch.token_types).logits
     torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def written_by_peft(
+    model: Classifier, folder: Path, examples: list[LabelledExample], targets: list[str], whole: list[str] | None = None
+) -> Tensor:
+    """An adapter of a classifier that PEFT made, moved and saved in folder/adapter; the logits [E, C] by PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    save_safetensors(model, folder / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = AutoModelForSequenceClassification.from_pretrained(folder / "base", dtype=torch.float32)
+        base.config.pad_token_id = 0  # by which a decoder of theirs finds the last token
+        settings = LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=6, target_modules=targets, modules_to_save=whole)
+        theirs = get_peft_model(base, settings).eval()
+        shake(theirs)
+        batch = collate_labelled(examples, model.head.labels, pad_id=0)
+        types = {"token_type_ids": batch.token_types} if "query" in targets else {}
+        logits: Tensor = theirs(batch.input_ids, attention_mask=batch.mask.long(), **types).logits.detach()
+        theirs.save_pretrained(folder / "adapter")
+    assert set(settings.modules_to_save or []) == {"classifier", "score", *(whole or [])}
+    return logits
+
+
+@pytest.mark.parametrize("whole", [None, ["classifier"], ["score"]], ids=str)
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_an_adapter_of_pefts_computes_the_same(kind: str, whole: list[str] | None, tmp_path: Path) -> None:
+    model = tiny_bert_classifier(pooling="pooler") if kind == "encoder" else tiny_llama_classifier()
+    targets = ["query", "dense"] if kind == "encoder" else ["q_proj", "down_proj"]
+    before = model.eval()(batch_of(texts()))
+    expected = written_by_peft(model, tmp_path, texts(), targets, whole)
+    method = LoRA(config_of(tmp_path / "adapter", model))
+    method.apply(model)
+    method.load(model, tmp_path / "adapter")
+    torch.testing.assert_close(model.eval()(batch_of(texts())), expected, rtol=1e-5, atol=1e-5)
+    assert float((expected - before.detach()).abs().max()) > 0.05
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    method.save(model, tmp_path / "again", "base")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert again.keys() == written.keys()
+    assert all(torch.equal(again[name], written[name]) for name in again)
+
+
+def test_other_whole_layers_and_heads_are_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_bert_classifier(pooling="pooler")
+    written_by_peft(model, tmp_path, texts(), ["query"], ["pooler"])
+    with pytest.raises(FtlabError, match=r"uses modules_to_save=\['pooler'\], which ftlab does not have"):
+        config_of(tmp_path / "adapter", model)
+    method = make_method(LoRAConfig(rank=3, alpha=6.0, targets=["query"]))
+    method.apply(model)
+    with pytest.raises(FtlabError, match=r"uses modules_to_save=\['pooler'\], which ftlab does not have"):
+        method.load(model, tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"modules_to_save": ["score"]}))
+    with pytest.raises(FtlabError, match=r"modules_to_save=\['score'\] does not have the model's head, classifier"):
+        method.load(model, tmp_path / "adapter")
+
+
+def test_runs_start_from_and_score_pefts_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftlab.session.write_report", lambda run_dir: run_dir)
+    words = ["data=topics", "model=tiny_random", "method=lora", "method.rank=3", "method.alpha=6"]
+    words += ["method.targets=[q_proj,down_proj]", "optimizer.lr=0", "training.max_steps=1", "tracking=disabled"]
+    words += ["data.test_fraction=0.3", "training.preflight=false", "evaluation.bootstrap=100", "parallel.threads=1"]
+    plain, started, adapter = tmp_path / "plain", tmp_path / "started", tmp_path / "adapter"
+    assert train.main([*words, f"run_dir={plain}"]) == 0
+    opened = open_run(plain, base=True)
+    assert isinstance(opened.model, Classifier)
+    expected = written_by_peft(opened.model, tmp_path, opened.data().test, ["q_proj", "down_proj"]).softmax(-1)
+    assert evaluate.main([f"run={plain}", f"adapter={adapter}", f"out={tmp_path / 'scores.json'}"]) == 0
+    answers = json.loads((tmp_path / "scores.json").read_text())["predictions"]["after"]
+    found = torch.tensor([answer["scores"] for answer in answers])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert train.main([*words, f"method.start_from={adapter}", f"run_dir={started}"]) == 0
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (started / "adapter", adapter))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)  # the learning rate is 0

@@ -115,6 +115,8 @@ def test_other_settings_are_answered_with_the_right_ones(tmp_path: Path) -> None
     "change, message",
     [
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*lm_head.*, which ftlab.*merge_and_unload"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save=\['lm_head'\], which ftlab"),
+        ({"modules_to_save": ["classifier", "score"]}, r"is a classifier's .* no head; .* run on data with labels"),
         ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
         ({"bias": "lora_only"}, "uses bias"),
         ({"lora_bias": True}, "uses lora_bias"),

@@ -19,6 +19,7 @@ from ftlab.errors import ConfigError
 from ftlab.methods import make_method
 from ftlab.methods.rules import block_numbers, num_blocks
 from ftlab.methods.trainable import trainable_parameters
+from tests.helpers.classifiers import tiny_bert_classifier
 from tests.helpers.models import tiny_llama
 
 
@@ -113,6 +114,28 @@ def test_biases() -> None:
         trained(BitFitConfig())
     norms, _ = trained(BitFitConfig(train_norms=True))
     assert len(norms) == 2 * 4 + 1
+
+
+def test_rates_of_biases_fall_from_the_top_down() -> None:
+    _, scales = trained(BitFitConfig(layer_decay=0.5, train_norms=True, rates=["k_proj:3"]), attention_bias=True)
+    assert scales["model.norm.weight"] == 1.0
+    for block in range(4):
+        own = {name: rate for name, rate in scales.items() if name.startswith(f"model.layers.{block}.")}
+        assert {rate for name, rate in own.items() if "k_proj" not in name} == {0.5 ** (3 - block)}
+        assert own[f"model.layers.{block}.self_attn.k_proj.bias"] == 3.0
+    alone, scales = trained(BitFitConfig(layer_decay=0.5), attention_bias=True)
+    assert alone == trained(BitFitConfig(), attention_bias=True)[0]
+    assert set(scales.values()) == {0.125, 0.25, 0.5, 1.0}
+
+
+def test_rates_of_an_encoders_biases() -> None:
+    """The embedding has a bias there, and a new head lies above the blocks."""
+    model = tiny_bert_classifier(pooling="pooler")
+    scales = make_method(BitFitConfig(layer_decay=0.5)).apply(model).lr_scales(model)
+    assert scales.pop("bert.embeddings.LayerNorm.bias") == 0.25
+    assert {rate for name, rate in scales.items() if ".layer.0." in name} == {0.5}
+    assert {rate for name, rate in scales.items() if ".layer.0." not in name} == {1.0}
+    assert {"bert.pooler.dense.bias", "bert.encoder.layer.1.output.LayerNorm.bias", "classifier.weight"} <= set(scales)
 
 
 @pytest.mark.parametrize(

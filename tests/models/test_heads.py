@@ -11,11 +11,26 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.losses.classification import classification_loss
 from ftlab.models.checkpoint import save_safetensors
 from ftlab.models.heads import BertClassifier, Classifier, Head, LlamaClassifier, pool, refill
 from ftlab.models.labels import LabelSet, label_text
 from tests.helpers.classifiers import LABELS, batch_of, shake, texts, tiny_bert_classifier, tiny_llama_classifier
 from tests.helpers.models import tiny_llama
+
+
+def assert_one_loss_and_its_gradients(ours: Classifier, theirs: Any, **inputs: torch.Tensor) -> None:
+    """The cross-entropy of both on the usual batch, and the gradient of every parameter."""
+    batch = batch_of(texts())
+    loss = classification_loss(ours, batch, "single") / len(batch.labels)
+    expected = theirs(batch.input_ids, attention_mask=batch.mask.long(), labels=batch.labels, **inputs).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    named = dict(theirs.named_parameters())
+    assert named.keys() == dict(ours.named_parameters()).keys()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, named[name].grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +79,7 @@ def test_an_encoder_with_its_pooler_is_transformers_classifier(tmp_path: Path) -
     batch = batch_of(texts())
     expected = theirs(batch.input_ids, attention_mask=batch.mask.long(), token_type_ids=batch.token_types).logits
     torch.testing.assert_close(ours(batch), expected)
+    assert_one_loss_and_its_gradients(ours, theirs, token_type_ids=batch.token_types)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -75,6 +91,7 @@ def test_a_decoder_is_transformers_classifier(tied: bool, tmp_path: Path) -> Non
     assert set(theirs.state_dict()) == set(ours.state_dict())
     batch = batch_of(texts())
     torch.testing.assert_close(ours(batch), theirs(batch.input_ids, attention_mask=batch.mask.long()).logits)
+    assert_one_loss_and_its_gradients(ours, theirs)
 
 
 def test_the_head_is_drawn_by_its_seed_alone() -> None:

@@ -1,4 +1,4 @@
-"""Tiny random encoders and the real MiniLM against transformers: hidden states and every gradient in fp32."""
+"""Tiny random encoders and the real MiniLM against transformers: hidden states, logits and every gradient in fp32."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ftlab.assets import resolve
+from ftlab.data.labelled import LabelledExample, collate_labelled
 from ftlab.errors import FtlabError
+from ftlab.losses.classification import classification_loss
 from ftlab.models.bert import BertConfig, EncoderDropout, load_bert, random_bert
+from ftlab.models.heads import BertClassifier, Head
+from ftlab.models.labels import LabelSet
 from ftlab.models.tokenizer import load_tokenizer
 
 CASES: dict[str, dict[str, Any]] = {
@@ -185,18 +189,24 @@ def test_a_row_longer_than_the_positions_is_refused() -> None:
         model(*rows())
 
 
+TEXTS = ["An abnormality of the structure of the kidney.", "Épilepsie!", "A seizure " * 30]
+
+
+def minilm() -> Path:
+    option = Path(__file__).parents[2] / "conf" / "model" / "minilm.yaml"
+    return resolve(yaml.safe_load(option.read_text())["location"])
+
+
 @pytest.mark.network
 def test_the_real_minilm_with_its_tokenizer() -> None:
-    option = Path(__file__).parents[2] / "conf" / "model" / "minilm.yaml"
-    folder = resolve(yaml.safe_load(option.read_text())["location"])
+    folder = minilm()
     ours = load_bert(folder, pooler=True).eval()
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
     tokenizer, their_tokenizer = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    texts = ["An abnormality of the structure of the kidney.", "Épilepsie!", "A seizure " * 30]
-    for text in texts:
+    for text in TEXTS:
         ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
         assert ids == their_tokenizer(text).input_ids
-    batch = their_tokenizer(texts, padding=True, return_tensors="pt")
+    batch = their_tokenizer(TEXTS, padding=True, return_tensors="pt")
     mask = batch.attention_mask.bool()
     with torch.no_grad():
         h = ours(batch.input_ids, mask)
@@ -204,3 +214,34 @@ def test_the_real_minilm_with_its_tokenizer() -> None:
     torch.testing.assert_close(h[mask], expected.last_hidden_state[mask])
     assert ours.pooler is not None
     torch.testing.assert_close(ours.pooler(h), expected.pooler_output)
+
+
+@pytest.mark.network
+def test_a_classifier_on_the_real_minilm_gives_the_same_logits_and_gradients() -> None:
+    """Both read the published file; the head is new, so ours is copied into theirs."""
+    folder = minilm()
+    labels = LabelSet("single", ("heart", "kidney", "skin"))
+    ours = BertClassifier(load_bert(folder, pooler=True), Head(labels, "pooler", seed=1)).eval()
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels.size).eval()
+    torch.nn.init.normal_(ours.classifier.bias, generator=torch.Generator().manual_seed(2))
+    theirs.classifier.load_state_dict(ours.classifier.state_dict())
+    tokenizer = load_tokenizer(folder)
+    examples = []
+    for target, text in enumerate(TEXTS):
+        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        nothing = [False] * len(ids)
+        examples.append(LabelledExample(str(target), ids, nothing, False, [0] * len(ids), target, text))
+    batch = collate_labelled(examples, labels, pad_id=0)
+    expected = theirs(batch.input_ids, attention_mask=batch.mask.long(), labels=batch.labels)
+    torch.testing.assert_close(ours(batch), expected.logits)
+    loss = classification_loss(ours, batch, "single") / len(TEXTS)
+    torch.testing.assert_close(loss, expected.loss)
+    loss.backward()
+    expected.loss.backward()
+    named = dict(theirs.named_parameters())
+    assert named.keys() == dict(ours.named_parameters()).keys()
+    for name, parameter in ours.named_parameters():
+        # Below 1e-5, the default, lies much of what the lower layers get.
+        torch.testing.assert_close(
+            parameter.grad, named[name].grad, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -122,6 +122,43 @@ def test_a_stall_counts_only_validations_that_are_no_better(tmp_path: Path) -> N
     assert [line.split(":")[0] for line in stages] == ["step 0", "step 5"]
 
 
+@pytest.mark.parametrize(
+    "config, stage, never",
+    [
+        (GradualUnfreezeConfig(trigger="step", every=8, train_embeddings=True), "2 of 3", "the embedding"),
+        (GradualUnfreezeConfig(trigger="step", every=9, train_embeddings=True), "1 of 3", "block 0 and the embedding"),
+        (GradualUnfreezeConfig(trigger="step", every=9, first_blocks=0), "1 of 3", "blocks 0 to 1"),
+        (GradualUnfreezeConfig(trigger="epoch", every=99), "1 of 2", "block 0"),
+        (
+            GradualUnfreezeConfig(trigger="stall", every=8),
+            "1 of 2",
+            "block 0",
+        ),  # the stall is known after the last step
+        (GradualUnfreezeConfig(trigger="stall", every=7), None, None),
+        (GradualUnfreezeConfig(trigger="step", every=8), None, None),
+    ],
+)
+def test_what_never_trained_is_said(
+    config: GradualUnfreezeConfig, stage: str | None, never: str | None, tmp_path: Path
+) -> None:
+    every = frozenset(range(1, STEPS + 1))
+    state, run = gradual(tmp_path, config, validate=lambda step: {"loss": 1.0 + step}, validate_at=every)
+    start = weights(state)
+    fit(state, run)
+    [hook] = run.hooks
+    assert isinstance(hook, Unfreezing)
+    still = {name for name, weight in weights(state).items() if torch.equal(weight, start[name])}
+    still -= set() if config.train_embeddings else {"model.embed_tokens.weight"}
+    line = hook.unreached(state)
+    assert (line is None) == (never is None) == (not still)
+    if line is not None:
+        sooner = f", lower method.every={config.every}"
+        assert line == (
+            f"gradual unfreezing ended at stage {stage}: {never} never trained; train longer (training.epochs, "
+            f"training.max_steps){sooner} or raise method.blocks=1"
+        )
+
+
 def on_a_rank(ranks: Ranks, folder: Path) -> None:
     config = GradualUnfreezeConfig(trigger="step", every=3, train_embeddings=True)
     state, run = gradual(folder / f"rank-{ranks.rank}", config, ranks=ranks)
@@ -147,6 +184,30 @@ def test_the_whole_command(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert record["scores"]["final"]["loss"]["value"] < record["scores"]["base"]["loss"]["value"]
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert not [line for line in record["warnings"] if "unfreezing" in line]
+
+
+def test_the_command_says_once_that_the_last_stage_never_came(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["+experiment=full_tiny", "method=gradual_unfreeze", "evaluation.generate=false", "evaluation.test=false"]
+    words += ["training.max_steps=2", "tracking=disabled", f"run_dir={tmp_path / 'run'}"]
+    assert train(*compose(words)) == 0
+    [told] = [line for line in capsys.readouterr().out.splitlines() if "unfreezing" in line]
+    assert told == (
+        "gradual unfreezing ended at stage 1 of 2: block 0 never trained; train longer (training.epochs, "
+        "training.max_steps) or raise method.blocks=1"
+    )
+    assert told in json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["warnings"]
+
+
+def test_a_stall_without_a_validation_example_is_refused_before_training(tmp_path: Path) -> None:
+    words = ["+experiment=full_tiny", "method=gradual_unfreeze", "method.trigger=stall", "tracking=disabled"]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "long " * 99, "completion": "yes"}) + "\n", "utf-8")
+    words += [f"data.validation={tmp_path / 'long.jsonl'}", "data.validation_fraction=0", "data.too_long=drop"]
+    words += [f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="stall counts validations, and no validation example is left"):
+        train(*compose(words))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +215,10 @@ def test_the_whole_command(tmp_path: Path) -> None:
     [
         (["training.activation_cache_gib=1"], "stage to stage"),
         (["method.trigger=stall", "evaluation.times=0"], "needs validation"),
+        (
+            ["method.trigger=stall", "data.validation_fraction=0"],
+            "stall needs validation, and data.validation_fraction",
+        ),
         (["method.trigger=blocks"], "none of step, epoch, stall"),
         (["method.rates=[q_proj]"], "PATTERN:FACTOR"),
     ],
