@@ -87,7 +87,8 @@ def test_arguments(checkout: Checkout) -> None:
     given = ["method.rank=4", "data.system=two words"]
     assert checkout.call("run.sh", *given).stdout.splitlines()[:4] == ["-m", "ftlab.train", *given]
     said = checkout.call("test.sh", "-k", "a or b").stdout.splitlines()
-    ours = ["-m", "pytest", *"-n auto --maxprocesses 4 --dist loadfile --durations 25 --durations-min 5".split()]
+    ours = ["-m", "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    ours += ["--durations", "25", "--durations-min", "5"]
     assert said[: len(ours) + 2] == [*ours, "-k", "a or b"], "the caller's come last, so that they win"
 
 
