@@ -387,6 +387,14 @@ def write_sentences(sentence_of: SentenceOf, check: bool) -> bool:
     return current
 
 
+def write_page(target: Path, text: str, check: bool) -> bool:
+    """Write a page; with `check` only compare. Says whether it is current now."""
+    if not check:
+        atomic_write(target, text)
+        return True
+    return target.is_file() and target.read_text("utf-8") == text
+
+
 def write_pages(names: Sequence[str], check: bool) -> bool:
     """Write the pages of the records that exist; with `check` only compare. Says whether all are current."""
     current = write_sentences(own_sentence, check)
@@ -394,11 +402,7 @@ def write_pages(names: Sequence[str], check: bool) -> bool:
         file = RESULTS / f"{name}.json"
         if not file.is_file():
             continue
-        text, target = page(name, json.loads(file.read_text("utf-8"))), page_file(name)
-        if check:
-            current &= target.is_file() and target.read_text("utf-8") == text
-        else:
-            atomic_write(target, text)
+        current &= write_page(page_file(name), page(name, json.loads(file.read_text("utf-8"))), check)
     return current
 
 

@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import climb, command, commit, how, interval, of, spread, wrapped, write_sentences  # noqa: E402
+from study import climb, command, commit, how, interval, of, spread, wrapped, write_page, write_sentences  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED, UPPER_HALF  # noqa: E402
 
 from ftlab.errors import DivergenceError  # noqa: E402
@@ -442,11 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     current = write_sentences(sentence, arguments.check)
     record = whole(json.loads(RECORD.read_text("utf-8"))) if RECORD.is_file() else None
     if record is not None:
-        text = page(record)
-        if arguments.check:
-            current &= PAGE.is_file() and PAGE.read_text("utf-8") == text
-        else:
-            atomic_write(PAGE, text)
+        current &= write_page(PAGE, page(record), arguments.check)
     return 0 if current else 1
 
 

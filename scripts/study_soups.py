@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import command, commit, how, interval, of, spread, wrapped, write_sentences  # noqa: E402
+from study import command, commit, how, interval, of, spread, wrapped, write_page, write_sentences  # noqa: E402
 from study_definitions import NOISE, SEEDS  # noqa: E402
 
 from ftlab.files import atomic_write  # noqa: E402
@@ -235,11 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_write(RECORD, json.dumps(made, indent=1) + "\n")
     current = write_sentences(sentence, arguments.check)
     if RECORD.is_file():
-        text = page(json.loads(RECORD.read_text("utf-8")))
-        if arguments.check:
-            current &= PAGE.is_file() and PAGE.read_text("utf-8") == text
-        else:
-            atomic_write(PAGE, text)
+        current &= write_page(PAGE, page(json.loads(RECORD.read_text("utf-8"))), arguments.check)
     return 0 if current else 1
 
 

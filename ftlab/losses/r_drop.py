@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ftlab.losses.classification import logits_kl
 from ftlab.losses.cross_entropy import (
     HiddenStates,
     SupervisedBatch,
@@ -59,5 +60,5 @@ def symmetric_kl(one_ND: Tensor, other_ND: Tensor, weight_VD: Tensor, chunk: int
 
 
 def _of_chunk(one_CD: Tensor, other_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    log_p, log_q = (F.linear(rows, weight_VD.to(rows.dtype)).float().log_softmax(-1) for rows in (one_CD, other_CD))
-    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()
+    one_CV, other_CV = (F.linear(rows, weight_VD.to(rows.dtype)).float() for rows in (one_CD, other_CD))
+    return logits_kl(one_CV, other_CV, "single")
