@@ -73,6 +73,18 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
 
 
+def pytest_configure() -> None:
+    """Give each process of pytest-xdist cores of its own.
+
+    A run takes all cores that it may use, and so do the commands that tests start. OpenMP programs that share cores
+    wait for one another several times as long as they compute.
+    """
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: count] or cores)
+
+
 @pytest.fixture(autouse=True)
 def deterministic() -> None:
     """Every test starts from seed 0 and one thread, whatever ran before it."""
