@@ -46,7 +46,7 @@ from ftlab.models.heads import AnyModel, Classifier
 from ftlab.models.labels import LabelSet
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
-from ftlab.models.noise import QUIET, Noise
+from ftlab.models.noise import Noise, disturb
 from ftlab.models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from ftlab.operators import select
 from ftlab.optim.adamw import build_optimizer
@@ -215,7 +215,7 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
     operators, kernels = select(config.kernels, precision.device, compiled=config.training.compile)
     model.use(operators)
     model.checkpoint_blocks = config.training.activation_checkpointing
-    _disturb(model, Noise.of(config.regularizer))
+    disturb(model, Noise.of(config.regularizer))
     base = resolve(config.model.location) if isinstance(config.model, PretrainedConfig) else None
     penalties = build_penalties(config.regularizer, model, base)
     pulls = {p: pull for each in penalties if isinstance(each, DecoupledL2SP) for p, pull in each.pulls(model).items()}
@@ -228,16 +228,6 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
     rows = [*table.rows(model), *quantised_rows(model)]
     objective = _objective(config, model, cache)
     return Built(model, method, rows, precision, penalties, optimizer, cache, objective, _climb(config), kernels)
-
-
-def _disturb(model: AnyModel, noise: Noise) -> None:
-    if isinstance(model, LlamaForCausalLM):
-        model.disturb(noise)
-    elif noise != QUIET:
-        raise ConfigError(
-            "regularizer: dropout by place, stochastic_depth and neftune act in a decoder, and this model is an "
-            "encoder; give model.hidden_dropout, model.attention_dropout or head.dropout"
-        )
 
 
 def build_hooks(config: Config, built: Built, total_steps: int) -> list[Hook]:

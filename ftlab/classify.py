@@ -14,7 +14,7 @@ from ftlab.data.records import SourceInfo, Splits
 from ftlab.data.tokenization import Example
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.losses.classification import classification_loss
-from ftlab.models.bert import BertConfig, BertModel, EncoderDropout, is_bert, load_bert, random_bert
+from ftlab.models.bert import BertConfig, BertModel, is_bert, load_bert, random_bert
 from ftlab.models.heads import BertClassifier, Classifier, Head, LlamaClassifier
 from ftlab.models.labels import LabelSet
 from ftlab.models.llama import LlamaForCausalLM
@@ -42,7 +42,6 @@ def labelled_data(
 def encoder(config: Config, tokenizer: Tokenizer, ranks: Ranks, dtype: torch.dtype) -> BertModel | None:
     """The encoder that the model group names; None if it names a decoder."""
     model = config.model
-    dropout = EncoderDropout(model.hidden_dropout, model.attention_dropout)
     pooler = config.head.pooling == "pooler"
     if isinstance(model, RandomBertConfig):
         sizes = BertConfig(
@@ -54,10 +53,10 @@ def encoder(config: Config, tokenizer: Tokenizer, ranks: Ranks, dtype: torch.dty
             max_position_embeddings=model.max_positions,
             pad_token_id=tokenizer.pad_id,
         )
-        return random_bert(sizes, model.init_seed, dropout, pooler=pooler).to(device=ranks.device, dtype=dtype)
+        return random_bert(sizes, model.init_seed, pooler=pooler).to(device=ranks.device, dtype=dtype)
     if not isinstance(model, PretrainedConfig) or not is_bert(path := resolve(model.location)):
         return None
-    bert = load_bert(path, dtype=dtype, device=ranks.device, dropout=dropout, pooler=pooler)
+    bert = load_bert(path, dtype=dtype, device=ranks.device, pooler=pooler)
     if tokenizer.vocab_size > bert.config.vocab_size:
         raise FtlabError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.location} rows for "
@@ -74,11 +73,9 @@ def classifier(
     pooling = auto if config.head.pooling == "auto" else config.head.pooling
     if pooling in ("cls", "pooler") and tokenizer.bos_id is None:
         raise ConfigError(f"head.pooling: {pooling} reads the first token, but this tokenizer starts no text; use mean")
-    head = Head(labels, pooling, config.head.dropout, config.training.seed)
+    head = Head(labels, pooling, config.training.seed)
     if isinstance(base, BertModel):
         return BertClassifier(base, head)
-    if config.model.hidden_dropout or config.model.attention_dropout:
-        raise ConfigError("model.hidden_dropout and model.attention_dropout are an encoder's, and this is a decoder")
     return LlamaClassifier(base, head)
 
 

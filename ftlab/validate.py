@@ -130,8 +130,6 @@ def check_model(config: Config) -> None:
         )
     if isinstance(model, RandomBertConfig):
         return
-    if model.hidden_dropout or model.attention_dropout:
-        raise ConfigError("model.hidden_dropout, model.attention_dropout: they are an encoder's; leave them at 0")
     if model.hidden_size // model.num_heads % 2:
         raise ConfigError(
             f"model.num_heads: a head of {model.hidden_size // model.num_heads} dimensions cannot be rotated in pairs; "
@@ -189,8 +187,6 @@ def check_labels(config: Config) -> None:
             raise ConfigError(f"{changed[0]}: a head of labels needs data with labels and no data.instruction")
         if isinstance(config.model, RandomBertConfig):
             raise ConfigError("model: an encoder gives no text; give data with labels and no data.instruction")
-        if config.model.hidden_dropout or config.model.attention_dropout:
-            raise ConfigError("model.hidden_dropout, model.attention_dropout: they are an encoder's; leave them at 0")
         return
     idle = {
         "data.packing": (data.packing, "each text is a row of its own; set it to false"),
@@ -204,10 +200,6 @@ def check_labels(config: Config) -> None:
         "regularizer.lwf.strength": (
             config.regularizer.lwf.strength > 0,
             "a classifier starts with a new head, so there is no old answer to keep; set it to 0",
-        ),
-        "regularizer.dropout.head": (
-            config.regularizer.dropout.head > 0,
-            "a classifier's head has head.dropout instead",
         ),
         "training.activation_cache_gib": (
             config.training.activation_cache_gib > 0,
@@ -397,12 +389,10 @@ def check_noise(config: Config) -> None:
     labelled = makes_classifier(config.data)
     # Not mixout: both passes of a step have its one mixture.
     masks = [*places.values(), *below_head.values(), getattr(config.method, "dropout", 0)]
-    masks += [config.model.hidden_dropout, config.model.attention_dropout, config.head.dropout if labelled else 0]
     if regularizer.r_drop > 0 and not any(masks):
-        place = "in an encoder model.hidden_dropout, in a decoder " if labelled else ""
         raise ConfigError(
             f"regularizer.r_drop: {regularizer.r_drop} compares two passes, which are the same without dropout; give "
-            f"{place}regularizer.dropout.residual (or another place), method.dropout with method=lora, or r_drop=0"
+            "regularizer.dropout.residual (or another place), method.dropout with method=lora, or r_drop=0"
         )
     smoothing = 0.0 if labelled else regularizer.label_smoothing  # a classifier's loss goes through no kernel
     without_kernel = {"label_smoothing": smoothing, "dropout.attention": places["dropout.attention"]}

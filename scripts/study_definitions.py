@@ -209,7 +209,7 @@ DROPOUT = Study(
         Entry(
             group,
             f"p = {p}",
-            (f"model.hidden_dropout={p}", f"model.attention_dropout={p}", f"head.dropout={p}"),
+            tuple(f"regularizer.dropout.{place}={p}" for place in ("embedding", "residual", "attention", "head")),
         )
         for group, _ in DROPOUT_GROUPS
         for p in ("0", "0.1", "0.2", "0.4")
@@ -279,6 +279,7 @@ NOISE = Study(
 # --- regularizers one by one, in an encoder ---------------------------------------------------------------------------
 
 THIRTY_TWO = "32 labels a class"
+TENTH = ("regularizer.dropout.embedding=0.1", "regularizer.dropout.residual=0.1")
 AT_ONE_RATE = "32 labels a class, at a constant rate"
 REGULARIZERS = Study(
     title="Regularizers one by one",
@@ -296,11 +297,11 @@ REGULARIZERS = Study(
     ),
     entries=(
         Entry(THIRTY_TWO, "plain", (), WEIGHT_RATES, 2),
-        Entry(THIRTY_TWO, "dropout 0.1", ("model.hidden_dropout=0.1",), rate_of="plain"),
+        Entry(THIRTY_TWO, "dropout 0.1", TENTH, rate_of="plain"),
         *(
             Entry(THIRTY_TWO, name, words, _ladder(f"regularizer.{key}", *values), 1, "plain")
             for name, words, key, values in (
-                ("R-Drop", ("model.hidden_dropout=0.1",), "r_drop", ("0.1", "0.3", "1", "3", "10")),
+                ("R-Drop", TENTH, "r_drop", ("0.1", "0.3", "1", "3", "10")),
                 ("label smoothing", (), "label_smoothing", ("0.01", "0.02", "0.05", "0.1", "0.2", "0.4")),
                 ("mixout", (), "mixout", ("0.1", "0.3", "0.5", "0.7", "0.9")),
                 ("SAM", (), "sam", ("0.01", "0.02", "0.05", "0.1", "0.2", "0.5")),

@@ -19,7 +19,8 @@ from ftlab.models.heads import Classifier
 from ftlab.open_run import open_run
 
 TINY = ["data=topics", "model=tiny_bert_random", "tracking=disabled", "data.test_fraction=0.3", "evaluation.times=2"]
-LORA = ["method=lora_bert", "method.rank=4", "optimizer.lr=1e-2", "method.dropout=0.1", "model.hidden_dropout=0.1"]
+LORA = ["method=lora_bert", "method.rank=4", "optimizer.lr=1e-2", "method.dropout=0.1"]
+LORA += ["regularizer.dropout.residual=0.1", "regularizer.stochastic_depth=0.2"]
 
 
 def trained(run_dir: Path, *overrides: str) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def test_the_other_kinds_of_label(labels: str, tmp_path: Path) -> None:
 
 
 def test_r_drop_is_part_of_what_a_classifier_learns(tmp_path: Path) -> None:
-    words = ("method=full", "training.max_steps=1", "model.hidden_dropout=0.1", "evaluation.times=1")
+    words = ("method=full", "training.max_steps=1", "regularizer.dropout.residual=0.1", "evaluation.times=1")
     losses = []
     for strength in (1, 100):
         trained(tmp_path / f"{strength}", *words, f"regularizer.r_drop={strength}")
@@ -200,20 +201,18 @@ def test_commands_that_need_text_refuse(finished: Path, capsys: pytest.CaptureFi
         (["data.labels=regression", "data.shots=2"], "data.shots: numbers have no classes"),
         (["data.labels=regression", "regularizer.label_smoothing=0.1"], "there is no label to smooth"),
         (["data.labels=regression", "regularizer.r_drop=1"], "R-Drop compares distributions, and a number has none"),
-        (["regularizer.r_drop=1"], "the same without dropout; give in an encoder model.hidden_dropout"),
+        (["regularizer.r_drop=1"], "the same without dropout; give regularizer.dropout.residual"),
         (["data.shots=2", "data.limit_train=5"], "data.shots: data.limit_train"),
         (["checkpoint.metric=exact_match"], "is none of loss, accuracy"),
         (["data.labels=multi", "checkpoint.metric=mcc"], "is none of loss, subset_accuracy"),
         (["data=capitals"], "model: an encoder gives no text"),
         (["data=capitals", "model=tiny_random", "head.pooling=cls"], "head.pooling: a head of labels needs data"),
         (["data=capitals", "model=tiny_random", "checkpoint.metric=accuracy"], "is none of loss, perplexity"),
-        (["model=tiny_random", "model.hidden_dropout=0.1"], "model.hidden_dropout"),
-        (["data=capitals", "model=smollm2_135m", "model.attention_dropout=0.1"], "model.hidden_dropout"),
         (["data.source=hpo_organ", "data.test=builtin:topics.jsonl"], "source=hpo_organ splits its records"),
         (["data=privacy_policy", "data.labels=multi"], "each record of source=privacy_policy has one label"),
         (["data.instruction=''"], "data.instruction: it is empty"),
         (["data.instruction=Which?"], "model: an encoder gives no text"),
-        (["data.instruction=Which?", "model=tiny_random", "head.dropout=0.1"], "head.dropout: a head of labels needs"),
+        (["data.instruction=Which?", "model=tiny_random", "head.pooling=mean"], "head.pooling: a head of labels needs"),
         (["data.instruction=Which?", "model=tiny_random", "checkpoint.metric=accuracy"], "is none of loss, perplexity"),
         (["data.instruction=Which?", "model=tiny_random", "data.labels=regression"], "a number is no answer"),
         (["data=hpo_organ", "data.labels=regression"], "organ systems are no numbers"),

@@ -21,10 +21,6 @@ class ModelConfig:
 
     name: str = option("model", "label used in reports and run names")
     tokenizer: str | None = option(None, "location of a tokenizer.json, or bytes; null: the model's own")
-    hidden_dropout: float = option(
-        0.0, "while an encoder trains: dropout on its embeddings and on what each sublayer adds", low=0, below=1
-    )
-    attention_dropout: float = option(0.0, "while an encoder trains: dropout on its attention weights", low=0, below=1)
 
 
 @dataclass
@@ -67,4 +63,3 @@ class HeadConfig:
         "the vector: mean of the tokens, the first (cls), BERT's pooler, the last; auto: mean in encoders, else last",
         choices=("auto", "mean", "cls", "pooler", "last"),
     )
-    dropout: float = option(0.0, "dropout on that vector", low=0, below=1)

@@ -87,9 +87,9 @@ class DropoutConfig:
 
     embedding: float = option(0.0, "on the token embeddings", low=0, below=1)
     attention: float = option(0.0, "on the attention probabilities; leaves the fused attention", low=0, below=1)
-    residual: float = option(0.0, "on what attention and MLP add to the residual stream", low=0, below=1)
+    residual: float = option(0.0, "on what attention and MLP add, before the sum", low=0, below=1)
     hidden: float = option(0.0, "on the activations inside the MLP", low=0, below=1)
-    head: float = option(0.0, "on what enters the LM head", low=0, below=1)
+    head: float = option(0.0, "on what enters the LM head, or a classifier's", low=0, below=1)
 
 
 @dataclass

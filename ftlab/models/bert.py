@@ -24,8 +24,10 @@ from ftlab.models.checkpoint import CONFIG, SafetensorsFiles, TensorFiles, read_
 from ftlab.models.configuration import HARMLESS, is_off
 from ftlab.models.llama import Embedding, Linear, project
 from ftlab.models.loading import compare_names, read_tensor
+from ftlab.models.noise import QUIET, embedding_noise, left_out
+from ftlab.operators.dropout import dropout
 
-__all__ = ["BertConfig", "BertModel", "EncoderDropout", "is_bert", "load_bert", "random_bert"]
+__all__ = ["BertConfig", "BertModel", "is_bert", "load_bert", "random_bert"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -125,29 +127,6 @@ class BertConfig:
         }
 
 
-@dataclass(frozen=True)
-class EncoderDropout:
-    """Rates of dropout while training: on embeddings and on what each sublayer adds; on attention weights."""
-
-    hidden: float = 0.0
-    attention: float = 0.0
-
-
-NO_DROPOUT = EncoderDropout()
-
-
-class Dropout(nn.Module):
-    """Dropout that draws nothing at rate 0."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
-        return F.dropout(x, self.p) if self.training and self.p > 0 else x
-
-
 class LayerNorm(nn.LayerNorm):
     """torch's, in fp32 whatever its weight and bias are stored in: a bias that trains is wider than a frozen weight."""
 
@@ -160,28 +139,32 @@ class LayerNorm(nn.LayerNorm):
 class Embeddings(nn.Module):
     """Words, positions and segments, summed and normalised."""
 
-    def __init__(self, config: BertConfig, dropout: EncoderDropout) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        self.noise = QUIET
         self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = Dropout(dropout.hidden)
 
-    def forward(self, input_ids_BT: Tensor, token_types_BT: Tensor) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, token_types_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
+        noise = self.noise if self.training else QUIET
+        words_BTD: Tensor = self.word_embeddings(input_ids_BT)
+        if noise.neftune > 0:
+            words_BTD = embedding_noise(words_BTD, mask_BT.sum(1)[:, None, None], noise.neftune)
         positions_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-        summed = self.word_embeddings(input_ids_BT) + self.token_type_embeddings(token_types_BT)
-        out: Tensor = self.dropout(self.LayerNorm(summed + self.position_embeddings(positions_T)))
-        return out
+        summed_BTD = words_BTD + self.token_type_embeddings(token_types_BT)
+        return dropout(self.LayerNorm(summed_BTD + self.position_embeddings(positions_T)), noise.embedding)
 
 
 class SelfAttention(nn.Module):
     """Every real position looks at every real position of its row."""
 
-    def __init__(self, config: BertConfig, dropout: EncoderDropout) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.heads, self.dropout_p = config.num_attention_heads, dropout.attention
+        self.noise = QUIET
+        self.heads = config.num_attention_heads
         self.query = Linear(config.hidden_size, config.hidden_size)
         self.key = Linear(config.hidden_size, config.hidden_size)
         self.value = Linear(config.hidden_size, config.hidden_size)
@@ -192,33 +175,34 @@ class SelfAttention(nn.Module):
         q, k, v = (
             out.view(B, T, self.heads, -1).transpose(1, 2) for out in project(h_BTD, (self.query, self.key, self.value))
         )
-        p = self.dropout_p if self.training else 0.0
+        p = self.noise.attention if self.training else 0.0
         out_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BT[:, None, None, :], dropout_p=p)
         return out_BHTE.transpose(1, 2).reshape(B, T, D)
 
 
 class Output(nn.Module):
-    """LayerNorm(residual + dropout(dense(x))): the end of either sublayer."""
+    """LayerNorm(residual + dropout(dense(x)) / keep): the end of either sublayer."""
 
-    def __init__(self, width: int, config: BertConfig, dropout: EncoderDropout) -> None:
+    def __init__(self, width: int, config: BertConfig) -> None:
         super().__init__()
+        self.noise = QUIET
         self.dense = Linear(width, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = Dropout(dropout.hidden)
 
-    def forward(self, x: Tensor, residual_BTD: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual_BTD: Tensor, keep: float) -> Tensor:
         """[B, T, width], [B, T, D] -> [B, T, D]."""
-        out: Tensor = self.LayerNorm(residual_BTD + self.dropout(self.dense(x)))
+        update_BTD = dropout(self.dense(x), self.noise.residual if self.training else 0.0)
+        out: Tensor = self.LayerNorm(residual_BTD + (update_BTD if keep == 1 else update_BTD / keep))
         return out
 
 
 class AttentionLayer(nn.Module):
     """The parameters under `attention.`."""
 
-    def __init__(self, config: BertConfig, dropout: EncoderDropout) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.self = SelfAttention(config, dropout)
-        self.output = Output(config.hidden_size, config, dropout)
+        self.self = SelfAttention(config)
+        self.output = Output(config.hidden_size, config)
 
 
 class Intermediate(nn.Module):
@@ -232,26 +216,35 @@ class Intermediate(nn.Module):
 class Layer(nn.Module):
     """One encoder layer, normalised after each sum."""
 
-    def __init__(self, config: BertConfig, dropout: EncoderDropout) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.attention = AttentionLayer(config, dropout)
+        self.noise = QUIET
+        self.keep = 1.0
+        self.attention = AttentionLayer(config)
         self.intermediate = Intermediate(config)
-        self.output = Output(config.intermediate_size, config, dropout)
+        self.output = Output(config.intermediate_size, config)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, h_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        h_BTD = self.attention.output(self.attention.self(h_BTD, mask_BT), h_BTD)
-        out: Tensor = self.output(self.activation(self.intermediate.dense(h_BTD)), h_BTD)
+        p, keep = (self.noise.hidden, self.keep) if self.training else (0.0, 1.0)
+        h_BTD = self.attention.output(self.attention.self(h_BTD, mask_BT), h_BTD, keep)
+        inside = dropout(self.activation(self.intermediate.dense(h_BTD)), p)
+        out: Tensor = self.output(inside, h_BTD, keep)
+        return out
+
+    def left_out(self, h_BTD: Tensor) -> Tensor:
+        """What the layer's norms make of h where its attention and MLP add nothing: [B, T, D] -> [B, T, D]."""
+        out: Tensor = self.output.LayerNorm(self.attention.output.LayerNorm(left_out(h_BTD, self)))
         return out
 
 
 class Encoder(nn.Module):
     """The parameters under `encoder.`."""
 
-    def __init__(self, config: BertConfig, dropout: EncoderDropout) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
 
 class Pooler(nn.Module):
@@ -269,14 +262,15 @@ class Pooler(nn.Module):
 class BertModel(nn.Module):
     """An encoder, with a pooler if it is asked for. New, it is on the meta device: `load_bert`, `random_bert`."""
 
-    def __init__(self, config: BertConfig, dropout: EncoderDropout = NO_DROPOUT, *, pooler: bool = False) -> None:
+    def __init__(self, config: BertConfig, *, pooler: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.noise = QUIET
         self.checkpoint_blocks = False
         self.pooler: Pooler | None = None
         with torch.device("meta"):
-            self.embeddings = Embeddings(config, dropout)
-            self.encoder = Encoder(config, dropout)
+            self.embeddings = Embeddings(config)
+            self.encoder = Encoder(config)
             if pooler:
                 self.pooler = Pooler(config)
 
@@ -290,9 +284,13 @@ class BertModel(nn.Module):
         if input_ids_BT.shape[1] > longest:
             raise FtlabError(f"a row of {input_ids_BT.shape[1]} tokens, but the encoder has {longest} positions")
         types_BT = torch.zeros_like(input_ids_BT) if token_types_BT is None else token_types_BT
-        h_BTD: Tensor = self.embeddings(input_ids_BT, types_BT)
-        for layer in self.encoder.layer:
-            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+        h_BTD: Tensor = self.embeddings(input_ids_BT, types_BT, mask_BT)
+        random_depth = self.training and self.noise.depth > 0
+        layers: list[Any] = [*self.encoder.layer]
+        for number, layer in enumerate(layers):
+            if random_depth and float(torch.rand(())) >= self.noise.keep(number, len(layers)):
+                h_BTD = layer.left_out(h_BTD)
+            elif self.checkpoint_blocks and self.training and torch.is_grad_enabled():
                 h_BTD = checkpoint(layer, h_BTD, mask_BT, use_reentrant=False, preserve_rng_state=True)
             else:
                 h_BTD = layer(h_BTD, mask_BT)
@@ -332,7 +330,6 @@ def load_bert(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    dropout: EncoderDropout = NO_DROPOUT,
     pooler: bool = False,
 ) -> BertModel:
     """Build an encoder and fill it from a folder with config.json and safetensors.
@@ -343,7 +340,7 @@ def load_bert(
     folder = Path(path)
     config = BertConfig.from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
     source = Renamed(SafetensorsFiles(folder, skip=POSITION_IDS), pooler)
-    model = BertModel(config, dropout, pooler=pooler)
+    model = BertModel(config, pooler=pooler)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     compare_names(source, set(source.shapes), expected)
     state = {name: read_tensor(source, name, dtype, device) for name in expected}
@@ -351,15 +348,9 @@ def load_bert(
     return model
 
 
-def random_bert(
-    config: BertConfig,
-    seed: int,
-    dropout: EncoderDropout = NO_DROPOUT,
-    *,
-    pooler: bool = False,
-) -> BertModel:
+def random_bert(config: BertConfig, seed: int, *, pooler: bool = False) -> BertModel:
     """An encoder with random fp32 weights on the CPU: matrices N(0, initializer_range^2), biases 0, norms 1."""
-    model = BertModel(config, dropout, pooler=pooler)
+    model = BertModel(config, pooler=pooler)
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

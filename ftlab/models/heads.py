@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlab.errors import ConfigError, FtlabError
@@ -25,7 +24,9 @@ from ftlab.models.checkpoint import CONFIG, SafetensorsFiles, read_json
 from ftlab.models.labels import LabelSet
 from ftlab.models.llama import Linear, LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import compare_names, read_tensor
+from ftlab.models.noise import QUIET, Noise
 from ftlab.operators import TORCH, Operators
+from ftlab.operators.dropout import dropout
 
 __all__ = [
     "AnyModel",
@@ -66,11 +67,10 @@ class TextBatch(Protocol):
 
 @dataclass(frozen=True)
 class Head:
-    """What a head is made of: the labels, how one vector is made of a text, dropout on it, and the seed of W."""
+    """What a head is made of: the labels, how one vector is made of a text, and the seed of W."""
 
     labels: LabelSet
     pooling: str
-    dropout: float = 0.0
     seed: int = 0
 
 
@@ -79,6 +79,7 @@ class _HeadMixin:
 
     head: Head
     layer: str
+    noise: Noise
 
     @property
     def fresh(self) -> tuple[str, ...]:
@@ -88,9 +89,7 @@ class _HeadMixin:
     def _logits(self, h_ETD: Tensor, mask_ET: Tensor, pooler: nn.Module | None, linear: nn.Module) -> Tensor:
         """[E, C], in fp32 whatever the model computed in."""
         pooled_ED = pool(h_ETD, mask_ET, self.head.pooling, pooler)
-        if linear.training and self.head.dropout > 0:
-            pooled_ED = F.dropout(pooled_ED, self.head.dropout)
-        out: Tensor = linear(pooled_ED).float()
+        out: Tensor = linear(dropout(pooled_ED, self.noise.head if linear.training else 0.0)).float()
         return out
 
     def _hf_head(self, fields: dict[str, Any], architecture: str) -> dict[str, Any]:
@@ -137,7 +136,7 @@ class BertClassifier(_HeadMixin, nn.Module):
         if head.pooling == "pooler" and bert.pooler is None:
             raise ConfigError("head.pooling: pooler needs an encoder that was loaded with its pooler")
         self.head, self.config = head, bert.config
-        self.operators = TORCH
+        self.operators, self.noise = TORCH, QUIET
         self.bert = bert
         weight = bert.embeddings.word_embeddings.weight
         self.classifier = fresh_layer(self.config.hidden_size, head, self.config.initializer_range, bias=True)
@@ -193,6 +192,9 @@ class LlamaClassifier(_HeadMixin, LlamaForCausalLM):
     def hf_config(self, dtype: str) -> dict[str, Any]:
         """The fields of its config.json."""
         return self._hf_head(self.config.to_hf(dtype), "LlamaForSequenceClassification")
+
+    def _before_head(self, h_BTD: Tensor) -> Tensor:
+        return h_BTD  # dropout is on what is made of a text's tokens
 
     def forward(self, batch: TextBatch) -> Tensor:  # type: ignore[override]  # another task, other arguments
         """[E, C]."""

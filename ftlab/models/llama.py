@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ftlab.models.attention import Documents, attention
 from ftlab.models.configuration import LlamaConfig
-from ftlab.models.noise import QUIET, Noise, embedding_noise, left_out
+from ftlab.models.noise import QUIET, embedding_noise, left_out, own_lengths
 from ftlab.operators import TORCH, Operators
 from ftlab.operators.dropout import dropout
 
@@ -281,14 +281,6 @@ class LlamaForCausalLM(nn.Module):
             if hasattr(module, "operators"):
                 module.operators = operators  # type: ignore[assignment]
 
-    def disturb(self, noise: Noise) -> None:
-        """Compute with this noise in training mode."""
-        for module in self.modules():
-            if hasattr(module, "noise"):
-                module.noise = noise  # type: ignore[assignment]
-        for number, block in enumerate(self.model.layers):
-            block.keep = noise.keep(number, len(self.model.layers))  # type: ignore[assignment]
-
     def hf_config(self, dtype: str) -> dict[str, Any]:
         """The fields of its config.json; `dtype` like "float32"."""
         return self.config.to_hf(dtype)
@@ -326,7 +318,10 @@ class LlamaForCausalLM(nn.Module):
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
         out: Tensor = self.model.norm.add(h_BTD, update_BTD)[0]
-        return dropout(out, self.noise.head if self.training else 0.0)
+        return self._before_head(out)
+
+    def _before_head(self, h_BTD: Tensor) -> Tensor:
+        return dropout(h_BTD, self.noise.head if self.training else 0.0)
 
     def stream_at(self, layer: int, input_ids_BT: Tensor) -> Tensor:
         """The residual stream that enters block `layer`, [B, T, D], for rows of plain causal tokens."""
@@ -350,7 +345,7 @@ class LlamaForCausalLM(nn.Module):
         if not self.training:
             return h_BTD
         if self.noise.neftune > 0:
-            h_BTD = embedding_noise(h_BTD, documents, self.noise.neftune)
+            h_BTD = embedding_noise(h_BTD, own_lengths(documents, *input_ids_BT.shape), self.noise.neftune)
         return dropout(h_BTD, self.noise.embedding)
 
     def _run_blocks(self, h_BTD: Tensor, first: int, end: int, context: Context) -> tuple[Tensor, Tensor | None]:

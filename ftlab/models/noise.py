@@ -1,4 +1,4 @@
-"""What disturbs a decoder while it trains: dropout by place, stochastic depth, noise on the embeddings.
+"""What disturbs a model while it trains: dropout by place, stochastic depth, noise on the embeddings.
 
 Nothing here acts in evaluation mode, and a strength of 0 draws no random number. Letters: B rows, T positions, D width,
 L blocks, N = B*T.
@@ -10,16 +10,17 @@ Stochastic depth (arXiv 1603.09382): block l of 1 .. L survives a forward pass w
     keep_l = 1 - l / L * strength
 
 for all its rows at once. There the surviving block adds f(h) in training and keep_l f(h) in evaluation; here it adds
-f(h) / keep_l in training, so that evaluation needs no change. f is attention and MLP together.
+f(h) / keep_l in training, so that evaluation needs no change. f is attention and MLP together. The norms of an encoder
+stand behind the sums, as the ReLU there does: they act whether a block survives or not.
 
 NEFTune (arXiv 2310.05914): each embedding gets uniform noise in [-1, 1] times alpha / sqrt(n D), where n are the tokens
-of its own document, however documents are packed or padded.
+of its own document, however documents are packed or padded. In an encoder it is on the embeddings of the words.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,10 @@ from torch import Tensor, nn
 from ftlab.config import RegularizerConfig
 from ftlab.models.attention import Documents
 
-__all__ = ["QUIET", "Noise", "embedding_noise", "left_out"]
+if TYPE_CHECKING:
+    from ftlab.models.heads import AnyModel
+
+__all__ = ["QUIET", "Noise", "disturb", "embedding_noise", "left_out", "own_lengths"]
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,27 @@ class Noise:
 QUIET = Noise()
 
 
-def embedding_noise(h_BTD: Tensor, documents: Documents | None, alpha: float) -> Tensor:
-    """h plus NEFTune's noise; without documents each row is one."""
-    B, T, D = h_BTD.shape
+def disturb(model: AnyModel, noise: Noise) -> None:
+    """Let a model compute with this noise in training mode."""
+    for module in model.modules():
+        if hasattr(module, "noise"):
+            module.noise = noise  # type: ignore[assignment]
+    for number, block in enumerate(model.blocks):
+        block.keep = noise.keep(number, len(model.blocks))  # type: ignore[assignment]
+
+
+def own_lengths(documents: Documents | None, B: int, T: int) -> Tensor:
+    """The length of each token's own document, which broadcasts to [B, T, 1]; without documents that of its row."""
     if documents is None:
-        bound: Tensor | float = alpha / (T * D) ** 0.5
-    else:
-        lengths_M = torch.tensor(documents.lengths)
-        bound = (alpha / (lengths_M * D).float().sqrt()).repeat_interleave(lengths_M).view(B, T, 1).to(h_BTD)
-    return h_BTD + (torch.rand_like(h_BTD) * 2 - 1) * bound
+        return torch.tensor(T)
+    lengths_M = torch.tensor(documents.lengths)
+    return lengths_M.repeat_interleave(lengths_M).view(B, T, 1)
+
+
+def embedding_noise(h_BTD: Tensor, lengths: Tensor, alpha: float) -> Tensor:
+    """h plus NEFTune's noise; lengths: that of each token's own document, int64, what broadcasts to [B, T, 1]."""
+    bound = alpha / (lengths * h_BTD.shape[-1]).float().sqrt()
+    return h_BTD + (torch.rand_like(h_BTD) * 2 - 1) * bound.to(h_BTD)
 
 
 def left_out(h_BTD: Tensor, block: nn.Module) -> Tensor:

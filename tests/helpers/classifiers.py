@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ftlab.data.labelled import LabelledBatch, LabelledExample, collate_labelled
-from ftlab.models.bert import BertConfig, EncoderDropout, random_bert
+from ftlab.models.bert import BertConfig, random_bert
 from ftlab.models.heads import BertClassifier, Head, LlamaClassifier
 from ftlab.models.labels import LabelSet
 from tests.helpers.models import tiny_llama
@@ -18,12 +18,9 @@ MULTI = LabelSet("multi", LABELS.names)
 NUMBER = LabelSet("regression", ())
 
 
-def tiny_bert_classifier(
-    labels: LabelSet = LABELS, pooling: str = "mean", seed: int = 0, dropout: float = 0.0
-) -> BertClassifier:
+def tiny_bert_classifier(labels: LabelSet = LABELS, pooling: str = "mean", seed: int = 0) -> BertClassifier:
     config = BertConfig(61, 32, 48, 2, 4, max_position_embeddings=40, initializer_range=0.3)
-    encoder = random_bert(config, seed, pooler=pooling == "pooler", dropout=EncoderDropout(hidden=dropout))
-    return BertClassifier(encoder, Head(labels, pooling, seed=seed))
+    return BertClassifier(random_bert(config, seed, pooler=pooling == "pooler"), Head(labels, pooling, seed=seed))
 
 
 def tiny_llama_classifier(labels: LabelSet = LABELS, pooling: str = "last", **changes: Any) -> LlamaClassifier:

@@ -13,6 +13,7 @@ from ftlab.config import PrecisionConfig
 from ftlab.losses.classification import classification_loss, logits_loss
 from ftlab.losses.scalars import collecting
 from ftlab.models.labels import LabelSet
+from ftlab.models.noise import Noise, disturb
 from ftlab.training.loop import train_step
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
@@ -66,7 +67,8 @@ def test_the_gradient_does_not_depend_on_how_the_batch_was_split(labels: LabelSe
 
 @pytest.mark.parametrize("labels", [LABELS, MULTI], ids=lambda labels: labels.kind)
 def test_r_drop_is_two_passes_and_torchs_divergence_between_them(labels: LabelSet) -> None:
-    model = tiny_bert_classifier(labels, dropout=0.3).train()
+    model = tiny_bert_classifier(labels).train()
+    disturb(model, Noise(embedding=0.3, residual=0.3))
     batch = batch_of(texts(labels), labels)
     noted: dict[str, torch.Tensor] = {}
     torch.manual_seed(0)

@@ -35,7 +35,7 @@ from ftlab.losses.mixout import Mixout
 from ftlab.losses.r_drop import r_drop
 from ftlab.methods import make_method
 from ftlab.models.llama import LlamaForCausalLM
-from ftlab.models.noise import Noise
+from ftlab.models.noise import Noise, disturb
 from ftlab.operators.dropout import dropout
 from ftlab.session import train
 from ftlab.training.loop import train_step
@@ -139,7 +139,7 @@ def test_what_is_kept_is_what_trains() -> None:
 def test_the_old_model_drops_nothing_and_draws_nothing() -> None:
     model, lwf = built(LoRAConfig(rank=4, alpha=8.0, dropout=0.3), start=7)
     old = copy.deepcopy(model).eval()
-    model.disturb(Noise(residual=0.2))
+    disturb(model, Noise(residual=0.2))
     moved(model)
     model.train()
     torch.manual_seed(0)
@@ -158,7 +158,7 @@ def test_the_old_model_drops_nothing_and_draws_nothing() -> None:
 
 def test_with_r_drop_the_mean_of_both_passes_counts() -> None:
     model = tiny_llama().train()
-    model.disturb(Noise(residual=0.2))
+    disturb(model, Noise(residual=0.2))
     inner = functools.partial(r_drop, chunk=5, strength=1.0)
     lwf = LwF(model, LwFConfig(STRENGTH, T), inner, 5)
     old = copy.deepcopy(model).eval()

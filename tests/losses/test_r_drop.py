@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ftlab.losses.cross_entropy import supervised_cross_entropy, supervised_rows
 from ftlab.losses.r_drop import r_drop, symmetric_kl
-from ftlab.models.noise import Noise
+from ftlab.models.noise import Noise, disturb
 from tests.helpers.training import collate, gradients, ragged_examples, tiny_llama
 
 BATCH = collate(ragged_examples(6), 6)[0]
@@ -33,7 +33,7 @@ def test_the_symmetric_kl_is_torchs(chunk: int) -> None:
 
 def test_the_loss_and_its_gradient_are_those_of_two_passes() -> None:
     model = tiny_llama().train()
-    model.disturb(Noise(residual=0.2))
+    disturb(model, Noise(residual=0.2))
     torch.manual_seed(0)
     r_drop(model, BATCH, 16, strength=3.0).backward()
     found = gradients(model)
@@ -56,7 +56,7 @@ def test_without_noise_it_is_the_plain_loss() -> None:
 
 def test_a_batch_without_a_label_gives_every_parameter_a_gradient() -> None:
     model = tiny_llama().train()
-    model.disturb(Noise(residual=0.2))
+    disturb(model, Noise(residual=0.2))
     labels = torch.full_like(BATCH.labels, -100)
     r_drop(model, BATCH.__class__(**{**vars(BATCH), "labels": labels}), 16, strength=3.0).backward()
     found = gradients(model)

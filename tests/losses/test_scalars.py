@@ -19,7 +19,7 @@ from ftlab.losses.lwf import LwF
 from ftlab.losses.r_drop import r_drop
 from ftlab.losses.scalars import collecting, note
 from ftlab.models.llama import LlamaForCausalLM
-from ftlab.models.noise import Noise
+from ftlab.models.noise import Noise, disturb
 from ftlab.training.loop import StepResult, train_step
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
@@ -41,7 +41,7 @@ def step(model: Any, objective: Any, micro: int, ranks: Ranks | None = None, bat
 def noisy(checkpointing: bool = False) -> LlamaForCausalLM:
     model = tiny_llama().train()
     move(model)
-    model.disturb(Noise(residual=0.2))
+    disturb(model, Noise(residual=0.2))
     model.checkpoint_blocks = checkpointing
     return model
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +103,6 @@ def test_the_head_is_drawn_by_its_seed_alone() -> None:
     assert torch.equal(one.classifier.weight, again.classifier.weight)
     assert not torch.equal(one.classifier.weight, two.classifier.weight)
     assert not one.classifier.bias.any()
-
-
-def test_dropout_of_the_head_acts_in_training_alone() -> None:
-    model = tiny_bert_classifier()
-    batch = batch_of(texts())
-    without = model.train()(batch)
-    assert torch.equal(without, model.eval()(batch))
-    model.head = replace(model.head, dropout=0.5)
-    assert torch.equal(without, model(batch))
-    assert not torch.equal(without, model.train()(batch))
 
 
 def test_poolings_that_cannot_be_are_refused() -> None:

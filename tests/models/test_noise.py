@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ftlab.models.attention import Documents, attention
 from ftlab.models.llama import LlamaForCausalLM
-from ftlab.models.noise import Noise, embedding_noise
+from ftlab.models.noise import Noise, disturb, embedding_noise, own_lengths
 from ftlab.operators import select
 from tests.helpers.models import random_ids, tiny_llama
 
@@ -21,7 +21,7 @@ STRENGTHS = [item.name for item in fields(Noise)]
 
 def disturbed(**strengths: float) -> LlamaForCausalLM:
     model = tiny_llama(num_hidden_layers=3)
-    model.disturb(Noise(**strengths))
+    disturb(model, Noise(**strengths))
     return model.train()
 
 
@@ -186,7 +186,8 @@ def test_a_block_left_out_gives_its_parameters_zeros() -> None:
 def test_noise_is_uniform_within_a_bound_set_by_each_documents_own_length() -> None:
     lengths, width, alpha = [4, 100, 24], 64, 5.0
     torch.manual_seed(0)
-    noise = embedding_noise(torch.zeros(1, 128, width), Documents.from_lengths(lengths), alpha)
+    documents = Documents.from_lengths(lengths)
+    noise = embedding_noise(torch.zeros(1, 128, width), own_lengths(documents, 1, 128), alpha)
     for part, length in zip(noise.split(lengths, dim=1), lengths, strict=True):
         bound = alpha / math.sqrt(length * width)
         assert 0.98 * bound < float(part.abs().max()) <= bound
@@ -196,7 +197,7 @@ def test_noise_is_uniform_within_a_bound_set_by_each_documents_own_length() -> N
 
 def test_without_documents_a_row_is_one() -> None:
     torch.manual_seed(0)
-    rows = embedding_noise(torch.zeros(2, 8, 4), None, 3.0)
+    rows = embedding_noise(torch.zeros(2, 8, 4), own_lengths(None, 2, 8), 3.0)
     torch.manual_seed(0)
-    documents = embedding_noise(torch.zeros(2, 8, 4), Documents.from_lengths([8, 8]), 3.0)
-    torch.testing.assert_close(rows, documents)
+    lengths = own_lengths(Documents.from_lengths([8, 8]), 2, 8)
+    torch.testing.assert_close(rows, embedding_noise(torch.zeros(2, 8, 4), lengths, 3.0))

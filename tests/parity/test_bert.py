@@ -16,7 +16,7 @@ from ftlab.assets import resolve
 from ftlab.data.labelled import LabelledExample, collate_labelled
 from ftlab.errors import FtlabError
 from ftlab.losses.classification import classification_loss
-from ftlab.models.bert import BertConfig, EncoderDropout, load_bert, random_bert
+from ftlab.models.bert import BertConfig, load_bert, random_bert
 from ftlab.models.heads import BertClassifier, Head
 from ftlab.models.labels import LabelSet
 from ftlab.models.tokenizer import load_tokenizer
@@ -154,33 +154,6 @@ def test_what_stands_behind_a_row_changes_nothing() -> None:
     assert torch.equal(model(ids, mask, types)[mask], model(other, mask, types)[mask])
     alone = model(ids[1:2, :4], mask[1:2, :4], types[1:2, :4])
     torch.testing.assert_close(alone[0], model(ids, mask, types)[1, :4])
-
-
-def test_dropout_draws_in_training_alone_and_nothing_at_rate_0() -> None:
-    config = BertConfig(61, 32, 48, 2, 4, initializer_range=0.3)
-    ids, mask, types = rows()
-    without = random_bert(config, seed=0)
-    state = torch.get_rng_state()
-    trained = without.train()(ids, mask, types)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(trained, without.eval()(ids, mask, types))
-    for dropout in (EncoderDropout(hidden=0.5), EncoderDropout(attention=0.5)):
-        model = random_bert(config, 0, dropout)
-        assert torch.equal(model.eval()(ids, mask, types), trained)
-        assert not torch.equal(model.train()(ids, mask, types)[mask], trained[mask])
-
-
-def test_recomputed_activations_give_the_same_gradients() -> None:
-    config = BertConfig(61, 32, 48, 2, 4, initializer_range=0.3)
-    ids, mask, types = rows()
-    found = []
-    for recompute in (False, True):
-        model = random_bert(config, 0, EncoderDropout(0.2, 0.2)).train()
-        model.checkpoint_blocks = recompute
-        torch.manual_seed(1)
-        model(ids, mask, types)[mask].square().sum().backward()
-        found.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
 def test_a_row_longer_than_the_positions_is_refused() -> None:
