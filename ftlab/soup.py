@@ -1,6 +1,7 @@
 """``python -m ftlab.soup 'runs=[DIR,DIR]' out=DIR``: the mean of finished runs, or the way from the base to it.
 
-Works on whole weights, so full and LoRA runs of one base mix; the result is a model in Hugging Face's format.
+Works on whole weights, so full and LoRA runs of one base mix; the result is a model in Hugging Face's format. A
+classifier's head has no pretrained value: between the base and the mean it is the mean's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftlab.config import Config
-    from ftlab.models.llama import LlamaForCausalLM
+    from ftlab.models.heads import AnyModel
     from ftlab.open_run import OpenRun
     from ftlab.training.parallel import Ranks
 
@@ -104,14 +105,16 @@ def _check_same(
     *,
     data: bool,
 ) -> None:
-    """Refuse runs that cannot be mixed: another base or tokenizer; for a greedy soup also other data."""
+    """Refuse runs that cannot be mixed: another base, tokenizer or head; for a greedy soup also other data."""
     ours, inputs = record.get("inputs", {}), theirs.get("inputs", {})
     if ours.get("base model") != inputs.get("base model") or ("base model" not in ours and config.model != other.model):
         raise FtlabError(f"{run} and {first} began from other base models; a mean of their weights means nothing")
-    names = ("tokenizer", "chat template", "data") if data else ("tokenizer",)
+    names = ("tokenizer", "labels", *(("chat template", "data") if data else ()))
     if changed := [name for name in names if ours.get(name) != inputs.get(name)]:
         advice = "; kind=greedy compares losses, so give runs on the same data, or kind=uniform" if data else ""
         raise FtlabError(f"the {' and the '.join(changed)} of {run} differ from those of {first}{advice}")
+    if "labels" in ours and config.head != other.head:
+        raise FtlabError(f"{run} makes a vector of a text in another way than {first} (head.pooling); give runs alike")
 
 
 class _Kitchen:
@@ -122,7 +125,7 @@ class _Kitchen:
 
         self.arguments, self.runs, self.ranks = arguments, runs, ranks
         self.first: OpenRun = open_run(Path(runs[0]), base=False, ranks=ranks)
-        self.model: LlamaForCausalLM = _plain(self.first)
+        self.model: AnyModel = _plain(self.first)
         data = self.first.data()
         self.examples = data.validation
         if arguments.kind == "greedy" and not self.examples:
@@ -135,24 +138,25 @@ class _Kitchen:
         opened = open_run(Path(self.runs[number]), base=False, ranks=self.ranks)
         return dict(_plain(opened).state_dict())
 
-    def base(self) -> dict[str, Tensor]:
-        """The pretrained weights."""
+    def base(self, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The pretrained weights, with a classifier's head from `head`."""
+        from ftlab.models.heads import fresh_parameters
         from ftlab.open_run import open_run
 
-        return dict(open_run(Path(self.runs[0]), base=True, ranks=self.ranks).model.float().state_dict())
+        model = open_run(Path(self.runs[0]), base=True, ranks=self.ranks).model.float()
+        return {**model.state_dict(), **{name: head[name] for name in fresh_parameters(model)}}
 
     def loss_of(self, state: Mapping[str, Tensor]) -> float:
-        """The validation loss of these weights, in nats a supervised token."""
+        """The validation loss of these weights, in nats a supervised token, of a classifier a text."""
         from dataclasses import replace
 
         from ftlab import build
-        from ftlab.evaluation.measure import Measurer
 
         self.model.load_state_dict(state)
-        config = self.first.config
-        settings = replace(config.evaluation, generate=False)
-        measurer = Measurer(
-            settings, self.first.tokenizer, build.loss_sum_of(config), self.first.precision.autocast, self.ranks
+        first = self.first
+        settings = replace(first.config.evaluation, generate=False)
+        measurer = build.build_measurer(
+            first.config, first.tokenizer, first.precision, self.ranks, first.labels, settings
         )
         return measurer.measure(self.model, self.examples, []).scores["loss"].value
 
@@ -190,7 +194,7 @@ class _Kitchen:
             weights = [1.0] * len(taken)
         result, base_loss = soup.state, None
         if self.arguments.alpha < 1:
-            base = self.base()
+            base = self.base(head=result)
             base_loss = self.told("the base model", base)
             result = interpolated(base, result, self.arguments.alpha)
         loss = self.told(f"the result, alpha={self.arguments.alpha:g}", result)
@@ -222,17 +226,12 @@ class _Kitchen:
         print(f"written to {self.arguments.out}; model.location={self.arguments.out} starts from it")
 
 
-def _plain(opened: OpenRun) -> LlamaForCausalLM:
-    """The run's model with its update folded in, in fp32. Errors: FtlabError for a classifier."""
-    from ftlab.models.heads import Classifier
-
-    model = opened.model
-    if isinstance(model, Classifier):
-        raise FtlabError(f"{opened.run_dir} is a classifier; soups are made of runs that give text")
-    model.float()
-    opened.method.merge(model)
-    opened.method.merged(model)
-    return model
+def _plain(opened: OpenRun) -> AnyModel:
+    """The run's model with its update folded in, in fp32."""
+    opened.model.float()
+    opened.method.merge(opened.model)
+    opened.method.merged(opened.model)
+    return opened.model
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -181,6 +181,59 @@ def test_the_sum_of_weights_does_not_matter() -> None:
     assert float(states[0]["x"]) == 1.0
 
 
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with classifiers of one base: two of all weights, an adapter, and those that do not go with them."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    words = ["data=topics", "model=tiny_bert_random", "tracking=disabled", "training.max_steps=4", "evaluation.times=1"]
+    topics = (Path(build.__file__).parent / "data/examples/topics.jsonl").read_text().splitlines()
+    lists = [{**row, "label": [row["label"]]} for row in map(json.loads, topics)]
+    (folder / "lists.jsonl").write_text("\n".join(map(json.dumps, lists)) + "\n")
+    settings = {
+        "one": ["method=full"],
+        "two": ["method=full", "optimizer.lr=1e-2"],
+        "lora": ["method=lora_bert", "method.rank=2", "optimizer.lr=1e-2"],
+        "several": ["method=full", "data.labels=multi", f"data.train={folder / 'lists.jsonl'}"],
+        "first_token": ["method=full", "head.pooling=last"],
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ftlab.session.write_report", lambda run_dir: run_dir)
+        for name, overrides in settings.items():
+            assert train(*compose([*words, f"run_dir={folder / name}", *overrides])) == 0
+    return folder
+
+
+def test_classifiers_mix_with_their_heads(classifiers: Path, tmp_path: Path) -> None:
+    found, facts = cooked(classifiers, tmp_path / "out", ["one", "two"])
+    one, two = full(classifiers, "one"), full(classifiers, "two")
+    assert not torch.equal(one["classifier.weight"], two["classifier.weight"])
+    assert_close(found, {name: (tensor + two[name]) / 2 for name, tensor in one.items()})
+    losses = facts["validation_loss"]
+    assert scored(classifiers / "one") == pytest.approx(losses["runs"][str(classifiers / "one")], abs=1e-4)
+    assert scored(classifiers / "lora", f"model={tmp_path / 'out'}") == pytest.approx(losses["out"], abs=1e-4)
+    _, facts = cooked(classifiers, tmp_path / "greedy", ["one", "two", "lora"], "kind=greedy")
+    assert facts["validation_loss"]["out"] <= min(facts["validation_loss"]["runs"].values()) + 1e-6
+
+
+def test_between_the_base_and_a_classifier_the_head_is_the_classifiers(classifiers: Path, tmp_path: Path) -> None:
+    found, _ = cooked(classifiers, tmp_path / "out", ["one"], "alpha=0.25")
+    start, end = dict(open_run(classifiers / "one", base=True).model.state_dict()), full(classifiers, "one")
+    expected = {name: torch.lerp(tensor, end[name], 0.25) for name, tensor in start.items()}
+    expected |= {name: end[name] for name in ("classifier.weight", "classifier.bias")}
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"), [("several", "labels"), ("first_token", "makes a vector of a text in another way")]
+)
+def test_classifiers_of_other_heads_are_refused(
+    classifiers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str, reason: str
+) -> None:
+    runs = f"runs=[{classifiers / 'one'},{classifiers / other}]"
+    assert main([runs, f"out={tmp_path / 'out'}"]) != 0
+    assert reason in capsys.readouterr().err
+
+
 REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda r: ["runs=[]"], "it names no run"),
     (lambda r: [f"runs=[{r}/one]"], "one run with alpha=1 is that run itself"),
