@@ -33,7 +33,8 @@ from ftlab.evaluation.label_measure import LabelMeasurer
 from ftlab.evaluation.measure import Measurer, Measures
 from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
-from ftlab.losses.lwf import LwF
+from ftlab.losses.ewc import EWC
+from ftlab.losses.lwf import LabelLwF, TokenLwF
 from ftlab.losses.mixout import Mixout
 from ftlab.losses.penalties import DecoupledL2SP, Penalty, build_penalties
 from ftlab.losses.r_drop import r_drop
@@ -42,7 +43,7 @@ from ftlab.methods.lora import quantised_rows
 from ftlab.methods.trainable import ParameterRow
 from ftlab.models.activation_cache import ActivationCache
 from ftlab.models.bert import is_bert
-from ftlab.models.heads import AnyModel, Classifier
+from ftlab.models.heads import AnyModel, Classifier, head_in
 from ftlab.models.labels import LabelSet
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
@@ -111,6 +112,7 @@ class Built:
     objective: LossSum
     climb: Climb | None  # where the step's gradient is taken, if not where the weights stand
     kernels: str  # a line that says who computes between the matrix products
+    notes: tuple[str, ...] = ()  # what the user should know of the objects as built
 
 
 @without_collector()
@@ -122,16 +124,34 @@ def build_tokenizer(config: Config) -> Tokenizer:
     if wanted is not None:
         return load_tokenizer(resolve(wanted))
     if isinstance(config.model, PretrainedConfig):
-        return load_tokenizer(resolve(config.model.location))
+        path = resolve(config.model.location)
+        if path.is_dir() and not (path / "tokenizer.json").exists():
+            raise ConfigError(
+                f"model.tokenizer is null, but {config.model.location} has no tokenizer.json; give the location of the "
+                "tokenizer that it was trained with"
+            )
+        return load_tokenizer(path)
     raise ConfigError("model.tokenizer is null, but this model brings none; give a location, or model.tokenizer=bytes")
 
 
-def build_model(config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The untouched base model, with its weights stored in `dtype`."""
+def build_model(
+    config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: torch.dtype, labelled: bool = False
+) -> LlamaForCausalLM:
+    """The untouched base model, with its weights stored in `dtype`; labelled: the decoder of a classifier will do."""
     if isinstance(config.model, PretrainedConfig):
-        if is_bert(resolve(config.model.location)):
-            raise ConfigError(f"model: {config.model.name} is an encoder, which gives no text; give data with labels")
-        model = load_model(resolve(config.model.location), dtype=dtype, device=ranks.device)
+        path = resolve(config.model.location)
+        if is_bert(path):
+            raise ConfigError(
+                f"model: {config.model.name} is an encoder, which gives no text; give data with labels and no "
+                "data.instruction"
+            )
+        classifier = head_in(path) is not None
+        if classifier and not labelled:
+            raise ConfigError(
+                f"model.location: {config.model.location} is a classifier, which gives labels and no text; give data "
+                "with labels and no data.instruction, or a language model"
+            )
+        model = load_model(path, dtype=dtype, device=ranks.device, classifier=classifier)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise FtlabError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.model.location} rows for "
@@ -161,13 +181,15 @@ def build_model(config: Config, tokenizer: Tokenizer, ranks: Ranks, *, dtype: to
 def build_base(config: Config, tokenizer: Tokenizer, ranks: Ranks, labels: LabelSet | None) -> tuple[AnyModel, Method]:
     """The untouched base model and the method that is to change it, which settles the dtype of the stored weights.
 
-    labels: what a classifier tells apart; it has a new head for them. None: a language model.
+    labels: what a classifier tells apart; None: a language model.
     """
     method = make_method(config.method, seed=config.training.seed)
     dtype = dtype_of(config.precision.frozen if method.keeps_base else "fp32")
     if labels is None:
         return build_model(config, tokenizer, ranks, dtype=dtype), method
-    base = classify.encoder(config, tokenizer, ranks, dtype) or build_model(config, tokenizer, ranks, dtype=dtype)
+    base = classify.encoder(config, tokenizer, ranks, dtype) or build_model(
+        config, tokenizer, ranks, dtype=dtype, labelled=True
+    )
     return classify.classifier(config, base, labels, tokenizer), method
 
 
@@ -227,7 +249,9 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
             block.compile(dynamic=not config.data.pad_rows)
     rows = [*table.rows(model), *quantised_rows(model)]
     objective = _objective(config, model, cache)
-    return Built(model, method, rows, precision, penalties, optimizer, cache, objective, _climb(config), kernels)
+    climb = _climb(config)
+    notes = tuple(line for penalty in penalties if isinstance(penalty, EWC) for line in penalty.left_out)
+    return Built(model, method, rows, precision, penalties, optimizer, cache, objective, climb, kernels, notes)
 
 
 def build_hooks(config: Config, built: Built, total_steps: int) -> list[Hook]:
@@ -264,8 +288,11 @@ def _objective(config: Config, model: AnyModel, cache: ActivationCache | None) -
         objective = classify.objective(config, smoothing, agreement)
     elif agreement > 0:
         objective = functools.partial(r_drop, strength=agreement, **settings)
-    if config.regularizer.lwf.strength > 0:
-        objective = LwF(model, config.regularizer.lwf, objective, chunk, hidden_states)
+    if (lwf := config.regularizer.lwf).strength > 0:
+        if isinstance(model, Classifier):
+            objective = LabelLwF(model, lwf, objective, model.head.labels.kind)
+        else:
+            objective = TokenLwF(model, lwf, objective, chunk, hidden_states)
     if config.regularizer.mixout > 0:
         objective = Mixout(model, config.regularizer.mixout, objective)
     # partial objects have no type that says what they are called with

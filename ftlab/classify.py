@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftlab.assets import resolve
-from ftlab.config import Config, PretrainedConfig, RandomBertConfig, makes_classifier
+from ftlab.config import Config, LoRAConfig, PretrainedConfig, RandomBertConfig, makes_classifier
 from ftlab.data.labelled import encode_labelled, load_labelled
 from ftlab.data.records import SourceInfo, Splits
 from ftlab.data.tokenization import Example
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.losses.classification import classification_loss
 from ftlab.models.bert import BertConfig, BertModel, is_bert, load_bert, random_bert
-from ftlab.models.heads import BertClassifier, Classifier, Head, LlamaClassifier
+from ftlab.models.heads import BertClassifier, Classifier, Head, LlamaClassifier, head_in, read_head
 from ftlab.models.labels import LabelSet
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from ftlab.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from ftlab.training.parallel import Ranks
 
-__all__ = ["check_lengths", "classifier", "encoder", "labelled_data", "objective"]
+__all__ = ["about_head", "check_lengths", "classifier", "encoder", "labelled_data", "objective"]
 
 
 def labelled_data(
@@ -42,7 +42,7 @@ def labelled_data(
 def encoder(config: Config, tokenizer: Tokenizer, ranks: Ranks, dtype: torch.dtype) -> BertModel | None:
     """The encoder that the model group names; None if it names a decoder."""
     model = config.model
-    pooler = config.head.pooling == "pooler"
+    pooler = _pooling(config, "mean") == "pooler"
     if isinstance(model, RandomBertConfig):
         sizes = BertConfig(
             vocab_size=tokenizer.vocab_size,
@@ -68,15 +68,66 @@ def encoder(config: Config, tokenizer: Tokenizer, ranks: Ranks, dtype: torch.dty
 def classifier(
     config: Config, base: BertModel | LlamaForCausalLM, labels: LabelSet, tokenizer: Tokenizer
 ) -> Classifier:
-    """The base with a new head for these labels, drawn by training.seed."""
-    auto = "mean" if isinstance(base, BertModel) else "last"
-    pooling = auto if config.head.pooling == "auto" else config.head.pooling
+    """The base with a head for these labels: model.location's if it is theirs, else one drawn by training.seed."""
+    pooling = _pooling(config, "mean" if isinstance(base, BertModel) else "last")
     if pooling in ("cls", "pooler") and tokenizer.bos_id is None:
         raise ConfigError(f"head.pooling: {pooling} reads the first token, but this tokenizer starts no text; use mean")
     head = Head(labels, pooling, config.training.seed)
     if isinstance(base, BertModel):
-        return BertClassifier(base, head)
-    return LlamaClassifier(base, head)
+        return _with_read_head(config, BertClassifier(base, head))
+    return _with_read_head(config, LlamaClassifier(base, head))
+
+
+def _with_read_head(config: Config, model: Classifier) -> Classifier:
+    """The model, its head read from model.location if that is the same."""
+    if not _why_new(config, model.head.labels):
+        assert isinstance(config.model, PretrainedConfig)
+        read_head(model, resolve(config.model.location))
+    return model
+
+
+def _saved_head(config: Config) -> Head | None:
+    """The head in the folder of model.location, if it holds a whole classifier."""
+    return head_in(resolve(config.model.location)) if isinstance(config.model, PretrainedConfig) else None
+
+
+def _pooling(config: Config, auto: str) -> str:
+    """head.pooling; auto is that of the head in model.location, or without one `auto`."""
+    if config.head.pooling != "auto":
+        return config.head.pooling
+    saved = _saved_head(config)
+    return auto if saved is None else saved.pooling
+
+
+def _why_new(config: Config, labels: LabelSet) -> str:
+    """Why the head is not the one in the folder of model.location; empty: it is."""
+    saved = _saved_head(config)
+    if saved is None:
+        return "model.location has none" if isinstance(config.model, PretrainedConfig) else "the weights are random"
+    if saved.labels != labels:
+        return f"that of model.location has other labels ({saved.labels}) than these data ({labels})"
+    if config.head.pooling not in ("auto", saved.pooling):
+        return f"that of model.location has the pooling {saved.pooling}, and head.pooling is {config.head.pooling}"
+    return ""
+
+
+def about_head(config: Config, labels: LabelSet) -> str:
+    """A line that says what became of the head in model.location; empty where there is none, or an adapter brings one.
+
+    Errors: ConfigError if regularizer.lwf is to keep the answers of a new head.
+    """
+    if isinstance(config.method, LoRAConfig) and config.method.start_from is not None:
+        return ""
+    why = _why_new(config, labels)
+    if why and config.regularizer.lwf.strength > 0:
+        raise ConfigError(
+            f"regularizer.lwf.strength: the head is new ({why}), so it has no old answer to keep; start from a "
+            "classifier of the same labels, by model.location=RUN/model or method.start_from=RUN/adapter, or set it "
+            "to 0"
+        )
+    if not why:
+        return f"the head is that of model.location ({labels}), and is trained on"
+    return f"the head is new: {why}" if _saved_head(config) is not None else ""
 
 
 def check_lengths(examples: list[Example], model: Classifier) -> None:

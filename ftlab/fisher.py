@@ -1,8 +1,8 @@
 """``python -m ftlab.fisher run=DIR``: what a finished run's task needs of each weight, for regularizer=ewc.
 
 Writes DIR/fisher.safetensors: the diagonal Fisher information of the weights that the run moved (under LoRA of the
-effective weights of the adapted layers), measured on its training examples, and those weights. With decay= also that of
-the runs that it was held to, for every weight that any of them moved.
+effective weights of the adapted layers and of a classifier's head), measured on its training examples, and those
+weights. With decay= also that of the runs that it was held to, for every weight that any of them moved.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ftlab.config import Config
+    from ftlab.data.loader import Batch
+    from ftlab.data.tokenization import Example
     from ftlab.open_run import OpenRun
 
 __all__ = ["FisherArguments", "main"]
@@ -58,9 +60,9 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"decay={arguments.decay}: give a number above 0 and up to 1")
     at_least_one(examples=arguments.examples)
 
-    from ftlab.build import causal
-    from ftlab.data.loader import collate_rows, permutation
+    from ftlab.data.loader import permutation
     from ftlab.losses.fisher import FILE, FisherFacts, diagonal_fisher, save_fisher
+    from ftlab.models.heads import head_facts
     from ftlab.open_run import open_run, parallel_of, read_config
     from ftlab.training.parallel import start_ranks
     from ftlab.training.progress import Progress
@@ -72,19 +74,13 @@ def _run(argv: list[str]) -> int:
         )
     with start_ranks(parallel_of(config, arguments.device)) as ranks:
         opened = open_run(Path(arguments.run), base=False, ranks=ranks)
-        model = causal(opened.model)
-        names = _moved(opened)
+        model, names = opened.model, _moved(opened)
         opened.method.merge(model)
         opened.method.merged(model)
         model.float()
         examples = opened.data().train
         order = permutation(len(examples), arguments.seed, 0)[: arguments.examples]
-        batches = (
-            collate_rows([[examples[i]]], opened.tokenizer.pad_id, multiple=config.data.pad_to_multiple).to(
-                ranks.device
-            )
-            for i in order
-        )
+        batches = (_alone(examples[i], opened).to(ranks.device) for i in order)
         progress = Progress(enabled=True)
         progress.message(f"{arguments.kind} Fisher information of {len(names)} tensors on {len(order)} examples")
         with progress.phase("fisher"):
@@ -97,10 +93,10 @@ def _run(argv: list[str]) -> int:
                 progress=lambda done: progress.count(done, len(order)),
             )
         progress.close()
-        facts = FisherFacts(arguments.kind, len(order), arguments.seed)
+        tasks = 1
         if arguments.decay is not None:
             fisher, tasks = _with_earlier(fisher, arguments.decay, config, model)
-            facts = FisherFacts(arguments.kind, len(order), arguments.seed, tasks)
+        facts = FisherFacts(arguments.kind, len(order), arguments.seed, tasks, head_facts(model))
         path = Path(arguments.run) / FILE
         save_fisher(path, fisher, {name: model.get_parameter(name) for name in fisher}, facts)
     mean = sum(float(f.double().sum()) for f in fisher.values()) / sum(f.numel() for f in fisher.values())
@@ -109,13 +105,26 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
+def _alone(example: Example, opened: OpenRun) -> Batch:
+    """A batch of one example."""
+    from ftlab.data.labelled import collate_labelled
+    from ftlab.data.loader import collate_rows
+
+    pad_id, multiple = opened.tokenizer.pad_id, opened.config.data.pad_to_multiple
+    if opened.labels is None:
+        return collate_rows([[example]], pad_id, multiple=multiple)
+    return collate_labelled([example], opened.labels, pad_id, multiple)
+
+
 def _moved(opened: OpenRun) -> list[str]:
     """Names of the weights whose value the run changed, as the plain model has them."""
     from ftlab.losses.penalties import AdapterLeaf
     from ftlab.methods.trainable import trainable_parameters
+    from ftlab.models.heads import head_parameters
 
     if opened.method.keeps_base:
-        return [f"{name}.weight" for name, leaf in opened.model.named_modules() if isinstance(leaf, AdapterLeaf)]
+        adapted = [f"{name}.weight" for name, leaf in opened.model.named_modules() if isinstance(leaf, AdapterLeaf)]
+        return [*adapted, *head_parameters(opened.model)]
     opened.method.apply(opened.model)
     names = list(trainable_parameters(opened.model))
     opened.model.requires_grad_(False)
@@ -127,9 +136,12 @@ def _with_earlier(
 ) -> tuple[dict[str, Tensor], int]:
     """decay * F of the run's own sources + F (online EWC, Schwarz et al. 2018, arXiv 1805.06370, equation 9).
 
-    A weight that only an earlier run moved keeps decay * F: later runs name this one alone, and that task needs it.
-    model: plain, as `fisher` was measured on. Errors: FtlabError for a source whose weights `model` does not have.
+    A weight that only an earlier run moved keeps decay * F: later runs name this one alone, and that task needs it. The
+    head of another task is not this model's, and is left out. model: plain, as `fisher` was measured on.
+
+    Errors: FtlabError for a source whose other weights `model` does not have.
     """
+    from ftlab.losses.ewc import of_another_head
     from ftlab.losses.fisher import FILE, read_fisher
 
     tasks = 1
@@ -138,7 +150,11 @@ def _with_earlier(
         earlier: Mapping[str, Tensor]
         earlier, _, facts = read_fisher(Path(source) / FILE)
         tasks += facts.tasks
+        if other_head := of_another_head(earlier, facts, model):
+            print(f"decay: the head in {Path(source) / FILE} is another task's (other labels or pooling): left out")
         for name, value in earlier.items():
+            if name in other_head:
+                continue
             weight = parameters.get(name)
             if weight is None or weight.shape != value.shape:
                 raise FtlabError(

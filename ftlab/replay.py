@@ -84,8 +84,7 @@ def _encoder(
         assert template is not None
         return functools.partial(encode_all, template=template, tokenizer=tokenizer, config=config.data)
     if labels != earlier:
-        theirs, ours = (", ".join(side.names[:8]) or side.kind for side in (earlier, labels))
-        raise FtlabError(f"that run's labels ({earlier.kind}: {theirs}) are not this one's ({labels.kind}: {ours})")
+        raise FtlabError(f"that run's labels ({earlier}) are not this one's ({labels})")
     assert makes_classifier(config.data)
     return functools.partial(encode_labelled, labels=labels, tokenizer=tokenizer, config=config.data)
 

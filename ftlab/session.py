@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from ftlab_kernels.check import KernelMismatchError
 
-from ftlab import build
+from ftlab import build, classify
 from ftlab.compose import config_hash, run_folder, to_yaml
 from ftlab.config import Config, GradualUnfreezeConfig, option_classes
 from ftlab.data.loader import RowLoader
@@ -271,6 +271,8 @@ class _Session:
         self.ranks.barrier()
 
     def _build_model(self, tokenizer: Tokenizer, precision: Precision, data: build.DataSet) -> build.Built:
+        if data.labels is not None and (line := classify.about_head(self.config, data.labels)):
+            self.tell(line)
         model, method = build.build_base(self.config, tokenizer, self.ranks, data.labels)
         build.check_lengths(data, model)
         self.record.update(model=build.model_facts(self.config, model))
@@ -306,6 +308,8 @@ class _Session:
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %)"
         )
         self.progress.message(built.kernels)
+        for note in built.notes:
+            self.tell(note)
         for row in rows:
             how = f"trains, rate x {row['lr_scale']:g}" if row["trainable"] else "frozen"
             share = f"{100 * row['count'] / total:6.2f} %"

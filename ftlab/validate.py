@@ -198,8 +198,8 @@ def check_labels(config: Config) -> None:
             "R-Drop compares distributions, and a number has none; set it to 0",
         ),
         "regularizer.lwf.strength": (
-            config.regularizer.lwf.strength > 0,
-            "a classifier starts with a new head, so there is no old answer to keep; set it to 0",
+            config.regularizer.lwf.strength > 0 and data.labels == "regression",
+            "LwF compares distributions, and a number has none; set it to 0",
         ),
         "training.activation_cache_gib": (
             config.training.activation_cache_gib > 0,

@@ -250,10 +250,13 @@ def tiny_classifier(arguments: list[str]) -> dict[str, str]:
     shots = any(word.startswith("data.shots=") for word in arguments)
     asked = any(word.startswith("data.instruction=") for word in arguments)
     limit = {"data.limit_train": ""} if shots else {}
+    start = next((word.partition("=")[2] for word in arguments if word.startswith("model.location=runs/")), None)
+    goes_on = {"model": "minilm", "model.location": start, "model.num_layers": "", "model.hidden_size": ""}
     return {
         "model": "tiny_random" if decoder else "tiny_bert_random",
         "data.template": "" if not asked else "plain",
         **limit,
+        **(goes_on if start else {}),
     }
 
 

@@ -60,6 +60,7 @@ class HeadConfig:
 
     pooling: str = option(
         "auto",
-        "the vector: mean of the tokens, the first (cls), BERT's pooler, the last; auto: mean in encoders, else last",
+        "the vector: mean of the tokens, the first (cls), BERT's pooler, the last; auto: that of the classifier in "
+        "model.location, or without one mean in encoders, last in decoders",
         choices=("auto", "mean", "cls", "pooler", "last"),
     )

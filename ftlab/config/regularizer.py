@@ -75,7 +75,7 @@ class ReplayConfig:
 
 @dataclass
 class LwFConfig:
-    """strength * T^2 * KL(old || new) of what the model and its start say of each token (arXiv 1606.09282)."""
+    """strength * T^2 * KL(old || new) of what the model and its start say of a token or text (arXiv 1606.09282)."""
 
     strength: float = option(0.0, "lambda; 0 is bitwise the run without it", low=0)
     temperature: float = option(2.0, "T, by which the logits of both are divided", above=0)

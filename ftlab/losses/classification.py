@@ -20,6 +20,7 @@ Shapes: E texts, C outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,15 +28,24 @@ from torch import Tensor
 
 from ftlab.losses.scalars import note
 
-__all__ = ["classification_loss", "logits_kl", "logits_loss"]
+__all__ = ["classification_loss", "logits_kl", "logits_loss", "supervised_logits"]
 
 
-def classification_loss(model: Any, batch: Any, kind: str, label_smoothing: float = 0.0, r_drop: float = 0.0) -> Tensor:
+def classification_loss(
+    model: Any,
+    batch: Any,
+    kind: str,
+    label_smoothing: float = 0.0,
+    r_drop: float = 0.0,
+    logits: Callable[[Any, Any], Tensor] | None = None,
+) -> Tensor:
     """The summed loss of a batch, an fp32 scalar; with a strength of R-Drop, of two passes.
 
     A batch without targets gives 0 that is still connected to every parameter, as data-parallel training needs.
+    logits: what makes each pass; None is `supervised_logits`.
     """
-    passes = [model(batch)[: len(batch.labels)] for _ in range(2 if r_drop > 0 else 1)]
+    make = supervised_logits if logits is None else logits
+    passes = [make(model, batch) for _ in range(2 if r_drop > 0 else 1)]
     loss = sum(logits_loss(logits_EC, batch.labels, kind, label_smoothing) for logits_EC in passes) / len(passes)
     assert isinstance(loss, Tensor)
     if label_smoothing > 0:
@@ -46,6 +56,12 @@ def classification_loss(model: Any, batch: Any, kind: str, label_smoothing: floa
         note("r_drop/kl", divergence / 4)
         loss = loss + r_drop / 4 * divergence
     return loss
+
+
+def supervised_logits(model: Any, batch: Any) -> Tensor:
+    """The logits of the texts that have a target, [E, C]: all or none."""
+    logits_EC: Tensor = model(batch)[: len(batch.labels)]
+    return logits_EC
 
 
 def logits_kl(one_EC: Tensor, other_EC: Tensor, kind: str) -> Tensor:

@@ -5,13 +5,15 @@
 F is the diagonal Fisher information of task k and theta* the weights that it ended with (`ftlab.losses.fisher`). Under
 LoRA theta is the effective weight W + s B A: what earlier tasks need is protected whatever parametrisation moves it.
 The cost: B A, made a block of rows at a time.
+
+A head is protected where the model has the same (`ftlab.models.heads.Head.facts`); that of another task is left out.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ftlab.config import EWCConfig
 from ftlab.errors import FtlabError
-from ftlab.losses.fisher import FILE, read_fisher
+from ftlab.losses.fisher import FILE, FisherFacts, read_fisher
 from ftlab.losses.penalties import AdapterLeaf, Penalty
 from ftlab.losses.products import sum_over_product
+from ftlab.models.heads import head_facts, is_head
 
-__all__ = ["EWC"]
+__all__ = ["EWC", "of_another_head"]
 
 _SAME = 2.0**-7  # a base stored in bf16 and the anchor it was rounded from agree to this
 
@@ -45,6 +48,8 @@ class _Held:
 class EWC(Penalty):
     """The pull to the tasks of finished runs. F is kept in bf16, offsets in fp32, on the parameters' device.
 
+    left_out: a line for each run whose head is another task's.
+
     Errors: FtlabError if a run has no Fisher information, knows another model, or protects nothing that trains.
     """
 
@@ -54,6 +59,7 @@ class EWC(Penalty):
         self.strength = config.strength
         self._digest = hashlib.sha256()
         self.held: list[_Held] = []
+        self.left_out: list[str] = []
         for source in config.source:
             self._add(model, Path(source) / FILE)
 
@@ -63,7 +69,13 @@ class EWC(Penalty):
         parameters = dict(model.named_parameters())
         adapted = _adapters(model)
         found = 0
+        if other_head := of_another_head(fisher, facts, model):
+            self.left_out.append(
+                f"regularizer.ewc: the head in {path} is another task's (other labels or pooling): left out"
+            )
         for name, values in fisher.items():
+            if name in other_head:
+                continue
             leaf = adapted.get(name)
             weight = parameters.get(name) if leaf is None else leaf.pretrained_weight()
             if weight is None or weight.shape != values.shape:
@@ -105,6 +117,11 @@ class EWC(Penalty):
     def fingerprint(self) -> str:
         """16 hexadecimal digits over names and Fisher information of every task."""
         return self._digest.hexdigest()[:16]
+
+
+def of_another_head(names: Iterable[str], facts: FisherFacts, model: nn.Module) -> set[str]:
+    """Those of a file's weights that belong to a head which `model` does not have."""
+    return set() if facts.head == head_facts(model) else {name for name in names if is_head(name)}
 
 
 def _weighted(weight: Tensor | None, leaf: AdapterLeaf | None, held: _Held) -> Tensor:

@@ -32,7 +32,7 @@ from ftlab.methods.peft_folder import (
 )
 from ftlab.methods.rules import adapter_table
 from ftlab.methods.trainable import ParameterRow, TrainableTable
-from ftlab.models.heads import fresh_layers, fresh_parameters
+from ftlab.models.heads import head_layers, head_parameters
 from ftlab.operators import TORCH
 from ftlab.patterns import pattern_numbers
 
@@ -66,9 +66,9 @@ class LoRA:
         if any(leaf.merged for leaf in leaves.values()):
             raise FtlabError("the adapter is merged into its base; unmerge it before saving")
         tensors = {f"{n}.{part}": t for n, leaf in leaves.items() for part, t in leaf.peft_tensors().items()}
-        tensors |= {name: parameter.detach() for name, parameter in fresh_parameters(model).items()}
+        tensors |= {name: parameter.detach() for name, parameter in head_parameters(model).items()}
         sample = {name: leaf.base_sample for name, leaf in leaves.items()}
-        write_folder(directory, peft_settings(self.config, list(leaves), base, fresh_layers(model)), tensors, sample)
+        write_folder(directory, peft_settings(self.config, list(leaves), base, head_layers(model)), tensors, sample)
 
     def load(self, model: nn.Module, directory: Path) -> None:
         """Read an adapter, of ftlab or of PEFT, into a model that `apply` has prepared.
@@ -79,12 +79,12 @@ class LoRA:
         leaves = _applied(model)
         if any(leaf.merged for leaf in leaves.values()):
             raise FtlabError(f"{directory}: the model's present adapter is merged; unmerge it before loading another")
-        settings = read_settings(directory, fresh_layers(model))
+        settings = read_settings(directory, head_layers(model))
         _check_settings(self.config, settings, model, directory)
         saved = read_tensors(directory)
-        fresh = {f"{PREFIX}{name}": parameter.detach() for name, parameter in fresh_parameters(model).items()}
+        head = {f"{PREFIX}{name}": parameter.detach() for name, parameter in head_parameters(model).items()}
         expected = {f"{PREFIX}{n}.{part}": t for n, leaf in leaves.items() for part, t in leaf.peft_tensors().items()}
-        expected |= fresh
+        expected |= head
         problems = [f"missing {name}" for name in expected.keys() - saved.keys()]
         problems += [f"unexpected {name}" for name in saved.keys() - expected.keys()]
         problems += [
@@ -99,7 +99,7 @@ class LoRA:
         for name, leaf in leaves.items():
             start = f"{PREFIX}{name}."
             leaf.load_peft_tensors({part: saved[start + part] for part in leaf.peft_tensors()})
-        for name, parameter in fresh.items():
+        for name, parameter in head.items():
             parameter.copy_(saved[name])
 
     def switch_off(self, model: nn.Module) -> None:
@@ -210,10 +210,10 @@ def _refuse_idle(key: str, numbers: Mapping[str, float], names: Sequence[str]) -
             )
 
 
-def peft_settings(config: LoRAConfig, names: list[str], base: str, fresh: tuple[str, ...] = ()) -> dict[str, Any]:
+def peft_settings(config: LoRAConfig, names: list[str], base: str, head: tuple[str, ...] = ()) -> dict[str, Any]:
     """adapter_config.json. Plain targets stay as they are; patterns become the list of matched names.
 
-    fresh: layers without pretrained values (a classifier's head), which are saved whole beside the adapters.
+    head: the layers of a classifier's head, which are saved whole beside the adapters.
     PiSSA's update has twice the rank: alpha grows with it, so that the scale stays.
     """
     plain = all(re.fullmatch(r"[\w.]+", target) for target in config.targets)
@@ -222,7 +222,7 @@ def peft_settings(config: LoRAConfig, names: list[str], base: str, fresh: tuple[
     more_alpha = math.sqrt(more) if config.rslora else more
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if fresh else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": more * config.rank,
         "lora_alpha": _number(more_alpha * config.alpha),
@@ -235,7 +235,7 @@ def peft_settings(config: LoRAConfig, names: list[str], base: str, fresh: tuple[
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": list(fresh) or None,
+        "modules_to_save": list(head) or None,
         "use_dora": config.dora,
     }
 
@@ -267,9 +267,9 @@ def _matched(model: nn.Module, targets: list[str]) -> list[str]:
                 "make the pattern end in the name of linear layers"
             )
         wanted.update(found)
-    if heads := sorted(wanted & set(fresh_layers(model))):
+    if heads := sorted(wanted & set(head_layers(model))):
         raise ConfigError(
-            f"method.targets: {heads[0]} is a new head, which trains whole; an adapter on it would do nothing for it"
+            f"method.targets: {heads[0]} is the head, which trains whole; an adapter on it would do nothing for it"
         )
     names = [name for name in modules if name in wanted]
     _refuse_shared(model, names)

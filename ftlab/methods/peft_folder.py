@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ftlab.config import LoRAConfig
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_directory
-from ftlab.models.heads import fresh_layers
+from ftlab.models.heads import head_layers
 
 __all__ = [
     "CONFIG",
@@ -213,7 +213,7 @@ def adapted_layers(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def config_of(folder: Path, model: nn.Module) -> LoRAConfig:
     """The method's settings that make such adapters on `model`. Errors: FtlabError on an adapter of another model."""
-    settings, layers = read_settings(folder, fresh_layers(model)), adapted_layers(read_tensors(folder))
+    settings, layers = read_settings(folder, head_layers(model)), adapted_layers(read_tensors(folder))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if absent := sorted(set(layers) - set(linear)) or ([] if layers else ["any layer"]):
         raise FtlabError(

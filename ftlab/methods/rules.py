@@ -16,7 +16,7 @@ from torch import nn
 from ftlab.config import LoRAConfig, MethodConfig
 from ftlab.errors import ConfigError
 from ftlab.methods.trainable import Rule, TrainableTable
-from ftlab.models.heads import fresh_layers, fresh_parameters
+from ftlab.models.heads import head_layers, head_parameters
 from ftlab.patterns import pattern_and_factor
 
 __all__ = [
@@ -104,7 +104,7 @@ def adapter_table(model: nn.Module, config: LoRAConfig) -> TrainableTable:
     Own rates change those of what trains alone.
     """
     total = num_blocks(model) if config.layer_decay != 1 else 0
-    trains = "|".join([r".*lora_(A|B|magnitude_vector)", *map(re.escape, fresh_parameters(model))])
+    trains = "|".join([r".*lora_(A|B|magnitude_vector)", *map(re.escape, head_parameters(model))])
     own = [Rule(rf"(?=({trains})$){rule.pattern}", rule.trainable, rule.lr_scale) for rule in own_rules(config.rates)]
     rules: list[Rule] = []
     parts = (("A", 1.0), ("B", config.b_rate), *([("magnitude_vector", 1.0)] if config.dora else []))
@@ -121,10 +121,10 @@ def adapter_table(model: nn.Module, config: LoRAConfig) -> TrainableTable:
 def table(model: nn.Module, rules: Sequence[Rule], own: int) -> TrainableTable:
     """A table of the first `own` rules, each of which must decide for something, and of the others that do.
 
-    The head of a classifier is new, so it trains under any method unless an own rule says otherwise.
+    The head of a classifier trains under any method unless an own rule says otherwise.
     """
-    fresh = [Rule(re.escape(layer) + r"\..*", trainable=True) for layer in fresh_layers(model)]
-    rules = [*rules[:own], *fresh, *rules[own:]]
+    head = [Rule(re.escape(layer) + r"\..*", trainable=True) for layer in head_layers(model)]
+    rules = [*rules[:own], *head, *rules[own:]]
     patterns = [re.compile(rule.pattern) for rule in rules]
     used = set()
     for name, _ in model.named_parameters():

@@ -27,8 +27,9 @@ from ftlab.models.loading import compare_names, read_tensor
 from ftlab.models.noise import QUIET, embedding_noise, left_out
 from ftlab.operators.dropout import dropout
 
-__all__ = ["BertConfig", "BertModel", "is_bert", "load_bert", "random_bert"]
+__all__ = ["CLASSIFIER", "BertConfig", "BertModel", "is_bert", "load_bert", "random_bert"]
 
+CLASSIFIER = "BertForSequenceClassification"  # among the architectures of a config.json
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -61,6 +62,7 @@ OWN_HARMLESS = HARMLESS | {
 }
 POSITION_IDS = re.compile(r"(bert\.)?embeddings\.position_ids")  # 0, 1, 2, ... as a buffer of old checkpoints
 PRETRAINING_HEADS = re.compile(r"cls\..*")  # masked words and next sentence
+CLASSIFIER_HEAD = re.compile(r"classifier\..*")
 POOLER = re.compile(r"pooler\..*")
 
 
@@ -305,14 +307,14 @@ def is_bert(path: Path) -> bool:
 class Renamed:
     """A checkpoint's tensors under the names of `BertModel`, without what such a model does not hold."""
 
-    def __init__(self, files: TensorFiles, pooler: bool) -> None:
+    def __init__(self, files: TensorFiles, pooler: bool, head: re.Pattern[str]) -> None:
         self.where = files.where
         self.files = files
         prefix = "bert." if any(name.startswith("bert.") for name in files.shapes) else ""
         self.original: dict[str, str] = {}
         for name in files.shapes:
             short = name.removeprefix(prefix)
-            if PRETRAINING_HEADS.fullmatch(name) or (not pooler and POOLER.fullmatch(short)):
+            if head.fullmatch(name) or (not pooler and POOLER.fullmatch(short)):
                 continue
             short = short.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
             if short in self.original:
@@ -334,12 +336,15 @@ def load_bert(
 ) -> BertModel:
     """Build an encoder and fill it from a folder with config.json and safetensors.
 
-    Names may begin with `bert.`; heads of its pretraining (`cls.`) are left out, and the pooler unless it is asked for.
+    Names may begin with `bert.`; heads of its pretraining (`cls.`) are left out, that of a classifier too (where the
+    folder says that it is one), and the pooler unless it is asked for.
     Any other tensor that is missing, unexpected, misshapen or not finite raises FtlabError with its name.
     """
     folder = Path(path)
-    config = BertConfig.from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
-    source = Renamed(SafetensorsFiles(folder, skip=POSITION_IDS), pooler)
+    fields = read_json(folder / CONFIG)
+    config = BertConfig.from_hf(fields, str(folder / CONFIG))
+    head = CLASSIFIER_HEAD if CLASSIFIER in (fields.get("architectures") or ()) else PRETRAINING_HEADS
+    source = Renamed(SafetensorsFiles(folder, skip=POSITION_IDS), pooler, head)
     model = BertModel(config, pooler=pooler)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     compare_names(source, set(source.shapes), expected)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.models.bert import BertModel
+from ftlab.models.bert import CLASSIFIER, BertModel
 from ftlab.models.checkpoint import CONFIG, SafetensorsFiles, read_json
 from ftlab.models.labels import LabelSet
 from ftlab.models.llama import Linear, LlamaConfig, LlamaForCausalLM
@@ -37,6 +37,12 @@ __all__ = [
     "TextBatch",
     "fresh_layers",
     "fresh_parameters",
+    "head_facts",
+    "head_in",
+    "head_layers",
+    "head_parameters",
+    "is_head",
+    "read_head",
     "refill",
 ]
 
@@ -65,6 +71,10 @@ class TextBatch(Protocol):
         """Where each text lies; its padding is a document of its own."""
 
 
+POOLINGS = ("mean", "cls", "pooler", "last")
+LM_HEAD = "lm_head"
+
+
 @dataclass(frozen=True)
 class Head:
     """What a head is made of: the labels, how one vector is made of a text, and the seed of W."""
@@ -73,6 +83,10 @@ class Head:
     pooling: str
     seed: int = 0
 
+    def facts(self) -> dict[str, Any]:
+        """What makes the weights of two heads mean the same: the labels in their order, their kind, the pooling."""
+        return {**self.labels.as_dict(), "pooling": self.pooling}
+
 
 class _HeadMixin:
     """What both classifiers have in common; `layer` is the attribute that holds the linear layer."""
@@ -80,11 +94,8 @@ class _HeadMixin:
     head: Head
     layer: str
     noise: Noise
-
-    @property
-    def fresh(self) -> tuple[str, ...]:
-        """Names of layers that no pretraining gave values: they train whatever else does."""
-        return (self.layer,)
+    architecture: str
+    new_head = True  # W is drawn; False: it was read (`read_head`), so it has a first value to be held to
 
     def _logits(self, h_ETD: Tensor, mask_ET: Tensor, pooler: nn.Module | None, linear: nn.Module) -> Tensor:
         """[E, C], in fp32 whatever the model computed in."""
@@ -92,10 +103,10 @@ class _HeadMixin:
         out: Tensor = linear(dropout(pooled_ED, self.noise.head if linear.training else 0.0)).float()
         return out
 
-    def _hf_head(self, fields: dict[str, Any], architecture: str) -> dict[str, Any]:
+    def _hf_head(self, fields: dict[str, Any]) -> dict[str, Any]:
         return {
             **fields,
-            "architectures": [architecture],
+            "architectures": [self.architecture],
             **self.head.labels.to_hf(),
             "ftlab_pooling": self.head.pooling,
         }
@@ -129,7 +140,7 @@ def fresh_layer(width: int, head: Head, deviation: float, *, bias: bool) -> nn.L
 class BertClassifier(_HeadMixin, nn.Module):
     """An encoder with a head."""
 
-    layer = "classifier"
+    layer, architecture = "classifier", CLASSIFIER
 
     def __init__(self, bert: BertModel, head: Head) -> None:
         super().__init__()
@@ -164,7 +175,7 @@ class BertClassifier(_HeadMixin, nn.Module):
 
     def hf_config(self, dtype: str) -> dict[str, Any]:
         """The fields of its config.json."""
-        return self._hf_head(self.config.to_hf(dtype), "BertForSequenceClassification")
+        return self._hf_head(self.config.to_hf(dtype))
 
     def forward(self, batch: TextBatch) -> Tensor:
         """[E, C]."""
@@ -175,7 +186,7 @@ class BertClassifier(_HeadMixin, nn.Module):
 class LlamaClassifier(_HeadMixin, LlamaForCausalLM):
     """A decoder whose head gives labels instead of tokens; takes over the decoder of a causal model."""
 
-    layer = "score"
+    layer, architecture = "score", "LlamaForSequenceClassification"
 
     def __init__(self, base: LlamaForCausalLM, head: Head) -> None:
         if head.pooling not in ("last", "mean"):
@@ -191,7 +202,7 @@ class LlamaClassifier(_HeadMixin, LlamaForCausalLM):
 
     def hf_config(self, dtype: str) -> dict[str, Any]:
         """The fields of its config.json."""
-        return self._hf_head(self.config.to_hf(dtype), "LlamaForSequenceClassification")
+        return self._hf_head(self.config.to_hf(dtype))
 
     def _before_head(self, h_BTD: Tensor) -> Tensor:
         return h_BTD  # dropout is on what is made of a text's tokens
@@ -206,15 +217,67 @@ Classifier = BertClassifier | LlamaClassifier
 AnyModel = LlamaForCausalLM | BertClassifier
 
 
+def head_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that are a classifier's head: they train whatever else does, and are saved whole."""
+    return (model.layer,) if isinstance(model, _HeadMixin) else ()
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Their parameters by name."""
+    names = head_layers(model)
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in names}
+
+
 def fresh_layers(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers of a model that no pretraining gave values."""
-    return model.fresh if isinstance(model, _HeadMixin) else ()
+    """Those of them that have no pretrained values: a new head."""
+    return (model.layer,) if isinstance(model, _HeadMixin) and model.new_head else ()
 
 
 def fresh_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Their parameters by name."""
-    names = fresh_layers(model)
-    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in names}
+    """The parameters of a new head by name."""
+    return head_parameters(model) if fresh_layers(model) else {}
+
+
+def head_facts(model: nn.Module) -> dict[str, Any] | None:
+    """`Head.facts` of a classifier; None: the model gives tokens."""
+    return model.head.facts() if isinstance(model, _HeadMixin) else None
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter's name is that of a head, of labels or of tokens."""
+    return name.partition(".")[0] in (LM_HEAD, BertClassifier.layer, LlamaClassifier.layer)
+
+
+def head_in(path: Path) -> Head | None:
+    """The head of the whole classifier in a folder of ftlab's or transformers'; None for any other folder or file.
+
+    The pooling is `ftlab_pooling`, or else transformers' own: BERT's pooler, the last token of a decoder.
+
+    Errors: FtlabError if config.json does not tell its labels, or names another pooling.
+    """
+    fields = read_json(path / CONFIG) if path.is_dir() else {}
+    poolings = {BertClassifier.architecture: "pooler", LlamaClassifier.architecture: "last"}
+    for architecture in fields.get("architectures") or ():
+        if architecture in poolings:
+            pooling = fields.get("ftlab_pooling", poolings[architecture])
+            if pooling not in POOLINGS:
+                raise FtlabError(f"{path / CONFIG}: ftlab_pooling={pooling!r} is none of {', '.join(POOLINGS)}")
+            return Head(LabelSet.from_hf(fields, str(path / CONFIG)), pooling)
+    return None
+
+
+def read_head(model: Classifier, directory: Path) -> None:
+    """Read the weights of the head, in fp32, from the folder of a whole classifier with the same `Head.facts`.
+
+    Errors: FtlabError if they are not there, or of another shape.
+    """
+    source = SafetensorsFiles(directory)
+    own = head_parameters(model)
+    found = {name for name in source.shapes if name.partition(".")[0] == model.layer}
+    compare_names(source, found, {name: tuple(parameter.shape) for name, parameter in own.items()})
+    for name, parameter in own.items():
+        parameter.data = read_tensor(source, name, torch.float32, parameter.device)
+    model.new_head = False
 
 
 def refill(model: Classifier, directory: Path) -> None:

@@ -47,6 +47,11 @@ class LabelSet:
             raise FtlabError(f"the training records have the labels {sorted(names)}: a classifier needs two or more")
         return cls(kind, tuple(sorted(names)))
 
+    def __str__(self) -> str:
+        """The kind and the first names, as a line for the user has them."""
+        listed = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+        return f"{self.kind}: {listed}" if self.names else self.kind
+
     @property
     def size(self) -> int:
         """Numbers that the head gives for a text."""
@@ -98,3 +103,24 @@ class LabelSet:
             "label2id": {name: index for index, name in enumerate(names)},
             "problem_type": PROBLEMS[self.kind],
         }
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any], where: str) -> LabelSet:
+        """Back from such fields, or those of a config.json that transformers wrote, which leaves defaults out.
+
+        Without id2label there are two labels; without problem_type one output is a number, and several are one label a
+        text. A number of several outputs keeps their names, so that no run's labels are like it.
+
+        Errors: FtlabError, beginning with `where`, if id2label does not number its names from 0 or the kind is unknown.
+        """
+        table = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        numbers = [str(number) for number in range(len(table))] if isinstance(table, Mapping) else []
+        if not numbers or set(table) != set(numbers):
+            raise FtlabError(f"{where}: id2label must give each number from 0 on a label; write the folder again")
+        names = tuple(str(table[number]) for number in numbers)
+        kinds = {problem: kind for kind, problem in PROBLEMS.items()}
+        problem = fields.get("problem_type") or PROBLEMS["regression" if len(names) == 1 else "single"]
+        if problem not in kinds:
+            raise FtlabError(f"{where}: problem_type={problem!r} is none of {', '.join(kinds)}; write the folder again")
+        kind = kinds[problem]
+        return cls(kind, () if kind == "regression" and len(names) == 1 else names)

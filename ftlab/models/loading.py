@@ -17,6 +17,7 @@ from ftlab.models.llama import LlamaForCausalLM, RMSNorm
 __all__ = ["initialise", "load_model", "open_checkpoint", "random_llama"]
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+CLASSIFIER_HEAD = "score.weight"
 # Rotary frequencies that old checkpoints carry; they follow from the configuration.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -34,9 +35,16 @@ def open_checkpoint(path: str | Path) -> TensorSource:
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    classifier: bool = False,
 ) -> LlamaForCausalLM:
     """Build a llama and fill it from a GGUF file or a folder, every weight converted to `dtype` as it is read.
+
+    classifier: the folder is one of `LlamaForSequenceClassification`, whose head is left out; the model then has no LM
+    head either.
 
     Each weight is read slice by slice into its final place, so little more than the final weights is ever held.
     Missing, unexpected or misshapen tensors, and values that are not finite (in the file, or in `dtype`), raise
@@ -44,8 +52,10 @@ def load_model(
     """
     source = open_checkpoint(path)
     model = LlamaForCausalLM(source.config)
+    if classifier:
+        model.lm_head = None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_names(source, expected)
+    check_names(source, expected, CLASSIFIER_HEAD if classifier else None)
     state = {name: read_tensor(source, name, dtype, device) for name in expected}
     model.load_state_dict(state, strict=True, assign=True)
     if source.config.tie_word_embeddings and HEAD in source.shapes:
@@ -53,11 +63,13 @@ def load_model(
     return model
 
 
-def check_names(source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare what the file holds with what the configuration asks for."""
+def check_names(source: TensorSource, expected: dict[str, tuple[int, ...]], left_out: str | None = None) -> None:
+    """Compare what the file holds, but for a tensor that is left out, with what the configuration asks for."""
     found = {name for name in source.shapes if not DERIVED.fullmatch(name)}
     if source.config.tie_word_embeddings:
         found.discard(HEAD)
+    if left_out is not None:
+        found.discard(left_out)
     compare_names(source, found, expected)
 
 

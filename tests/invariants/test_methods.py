@@ -2,7 +2,7 @@
 
 A row for each option of conf/method, some in several forms ("full: own rates"); a column for each of PROPERTIES. A cell
 is tested, or `Row.apart` says why it does not apply. A model is a decoder of text, or ("bert") a classifier with a new
-head. What belongs to regularizers is in test_regularizers.py.
+head, or ("bert: read") one that goes on from a classifier. What belongs to regularizers is in test_regularizers.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ftlab.errors import FtlabError
 from ftlab.methods import Method, make_method
 from ftlab.methods.nf4 import NF4Weight
 from ftlab.methods.trainable import trainable_parameters, trainable_state_dict
-from ftlab.models.heads import AnyModel, fresh_layers, fresh_parameters
+from ftlab.models.heads import AnyModel, fresh_parameters, head_layers, head_parameters
 from ftlab.schema import GROUPS
 from ftlab.training.parallel import Ranks
 from tests.helpers.models import random_ids
@@ -86,6 +86,7 @@ METHODS: dict[str, Row] = {
     "bitfit": Row(model="bert"),
     "bitfit: norms": Row({"train_norms": True}),
     "linear_probe": Row(model="bert", apart={"held": "a new head has no pretrained weights to be held at"}),
+    "linear_probe: of a head that was read": Row(model="bert: read"),
     "lora": Row(SMALL, apart={"held": ELSEWHERE}),
     "lora: dropout": Row(
         SMALL | {"dropout": 0.2},
@@ -99,6 +100,7 @@ METHODS: dict[str, Row] = {
     "lora: attention": Row({"rank": 2, "alpha": 2.0, "targets": ["[qkvo]_proj"]}),
     "lora: ranks": Row(SMALL | {"ranks": ["layers.1.*:2", "mlp.*:6"], "alphas": ["layers.1.*:4", "mlp.*:12"]}),
     "lora_bert": Row(SMALL, model="bert"),
+    "lora_bert: beside a head that was read": Row(SMALL, model="bert: read"),
     "lora_plus": Row(SMALL),
     "dora": Row(SMALL),
     "qlora": Row(SMALL, rounded=True),
@@ -159,7 +161,7 @@ def pretrained(name: str) -> AnyModel:
 
 def answers(model: AnyModel) -> Tensor:
     with torch.no_grad():
-        if fresh_layers(model):
+        if head_layers(model):
             return model(one_batch("bert"))
         return model(random_ids(2, 12, seed=11, vocab_size=61))
 
@@ -168,7 +170,7 @@ def assert_pretrained(name: str, model: AnyModel) -> None:
     """`model` computes what the pretrained one computes, bit for bit where the row is not a rounded one."""
     base = pretrained(name)
     base.use(model.operators)
-    base.load_state_dict(fresh_parameters(model), strict=False)  # of a new head, which trains, nothing else is claimed
+    base.load_state_dict(head_parameters(model), strict=False)  # of a head, which trains whole, nothing else is claimed
     ours, theirs = answers(model), answers(base)
     if METHODS[name].rounded:
         assert float((ours - theirs).norm() / theirs.norm()) < 2e-6
@@ -302,7 +304,7 @@ def test_l2_sp_of_strength_1e9_holds_the_weights(name: str, strength: float) -> 
     config, built = made(config_of(name), l2_sp(strength), model=model)
     assert len(built.penalties) == (strength > 0)
     loss, batch = build.loss_sum_of(config), one_batch(model)
-    head = fresh_parameters(built.model).keys()
+    head = fresh_parameters(built.model).keys()  # one that was read is held
     state = pulled_back(built, lambda: loss(built.model, batch), 60)
     start = {key: tensor for key, tensor in pretrained(name).state_dict().items() if key not in head}
     distance = max(float((state[key] - start[key]).abs().max()) for key in start)

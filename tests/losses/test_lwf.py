@@ -30,7 +30,7 @@ from ftlab.config import (
 )
 from ftlab.errors import ConfigError
 from ftlab.losses.cross_entropy import supervised_cross_entropy, supervised_rows
-from ftlab.losses.lwf import LwF, distillation
+from ftlab.losses.lwf import TokenLwF, distillation
 from ftlab.losses.mixout import Mixout
 from ftlab.losses.r_drop import r_drop
 from ftlab.methods import make_method
@@ -75,14 +75,14 @@ def moved(model: LlamaForCausalLM, seed: int = 1) -> None:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def built(method: MethodConfig, *, chunk: int = 5, start: int | None = None) -> tuple[LlamaForCausalLM, LwF]:
+def built(method: MethodConfig, *, chunk: int = 5, start: int | None = None) -> tuple[LlamaForCausalLM, TokenLwF]:
     """A model with a method, and LwF around its plain loss; start: what trains has moved before the old model is."""
     model = tiny_llama()
     make_method(method, seed=0).apply(model)
     if start is not None:
         moved(model, start)
     plain = functools.partial(supervised_cross_entropy, chunk=chunk)
-    return model, LwF(model, LwFConfig(STRENGTH, T), plain, chunk)
+    return model, TokenLwF(model, LwFConfig(STRENGTH, T), plain, chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -160,7 +160,7 @@ def test_with_r_drop_the_mean_of_both_passes_counts() -> None:
     model = tiny_llama().train()
     disturb(model, Noise(residual=0.2))
     inner = functools.partial(r_drop, chunk=5, strength=1.0)
-    lwf = LwF(model, LwFConfig(STRENGTH, T), inner, 5)
+    lwf = TokenLwF(model, LwFConfig(STRENGTH, T), inner, 5)
     old = copy.deepcopy(model).eval()
     moved(model)
     torch.manual_seed(0)
@@ -306,9 +306,9 @@ def test_a_batch_without_a_label_gives_every_parameter_a_gradient() -> None:
     assert not any(bool(gradient.any()) for gradient in found.values())
 
 
-def test_classifiers_are_refused_and_temperatures_are_checked() -> None:
-    with pytest.raises(ConfigError, match="a classifier starts with a new head"):
-        compose(["data=topics", "model=tiny_bert_random", "regularizer=lwf"])
+def test_numbers_are_refused_and_temperatures_are_checked() -> None:
+    with pytest.raises(ConfigError, match="LwF compares distributions, and a number has none"):
+        compose(["data=topics", "data.labels=regression", "model=tiny_bert_random", "regularizer=lwf"])
     with pytest.raises(ConfigError, match="more than 0"):
         compose(["+experiment=full_tiny", "regularizer=lwf", "regularizer.lwf.temperature=0"])
 
@@ -349,7 +349,7 @@ def test_the_old_model_is_what_start_from_gives(tmp_path: Path) -> None:
     tokenizer, ranks = build.build_tokenizer(config), Ranks()
     model, method = build.build_base(config, tokenizer, ranks, None)
     made = build.build_training(config, model, method, Precision(config.precision, ranks.device))
-    assert isinstance(made.objective, LwF)
+    assert isinstance(made.objective, TokenLwF)
     adapter = load_file(tmp_path / "first" / "adapter" / "adapter_model.safetensors")
     factors = [name for name in adapter if ".lora_B." in name]
     assert factors

@@ -15,7 +15,7 @@ from torch import Tensor
 from ftlab.config import LwFConfig, PrecisionConfig
 from ftlab.losses.classification import classification_loss
 from ftlab.losses.cross_entropy import supervised_cross_entropy, supervised_rows
-from ftlab.losses.lwf import LwF
+from ftlab.losses.lwf import TokenLwF
 from ftlab.losses.r_drop import r_drop
 from ftlab.losses.scalars import collecting, note
 from ftlab.models.llama import LlamaForCausalLM
@@ -116,7 +116,7 @@ def test_label_smoothing_of_a_classifier(labels: Any) -> None:
 
 def lwf_step(micro: int, ranks: Ranks | None = None, checkpointing: bool = False) -> StepResult:
     model = tiny_llama().train()
-    lwf = LwF(model, LwFConfig(7.0, T), functools.partial(supervised_cross_entropy, chunk=5), 5)
+    lwf = TokenLwF(model, LwFConfig(7.0, T), functools.partial(supervised_cross_entropy, chunk=5), 5)
     move(model)
     model.checkpoint_blocks = checkpointing
     return step(model, lwf, micro, ranks)

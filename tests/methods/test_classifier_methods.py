@@ -94,7 +94,7 @@ def test_lora_trains_adapters_and_the_head() -> None:
     names, _ = trained(BERT_LORA)
     assert {n for n in names if "lora_" not in n} == HEAD
     assert sum("lora_A" in n for n in names) == 2 * 6
-    with pytest.raises(ConfigError, match="classifier is a new head"):
+    with pytest.raises(ConfigError, match="classifier is the head"):
         trained(LoRAConfig(targets=["classifier"]))
     with pytest.raises(ConfigError, match=r"nearest are .*query"):
         trained(LoRAConfig(targets=["quary"]))

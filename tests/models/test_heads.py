@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,32 @@ from safetensors.torch import load_file, save_file
 
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.losses.classification import classification_loss
+from ftlab.models.bert import load_bert
 from ftlab.models.checkpoint import save_safetensors
-from ftlab.models.heads import BertClassifier, Classifier, Head, LlamaClassifier, pool, refill
+from ftlab.models.heads import (
+    BertClassifier,
+    Classifier,
+    Head,
+    LlamaClassifier,
+    fresh_layers,
+    head_in,
+    head_layers,
+    pool,
+    read_head,
+    refill,
+)
 from ftlab.models.labels import LabelSet, label_text
-from tests.helpers.classifiers import LABELS, batch_of, shake, texts, tiny_bert_classifier, tiny_llama_classifier
+from ftlab.models.loading import load_model
+from tests.helpers.classifiers import (
+    LABELS,
+    MULTI,
+    NUMBER,
+    batch_of,
+    shake,
+    texts,
+    tiny_bert_classifier,
+    tiny_llama_classifier,
+)
 from tests.helpers.models import tiny_llama
 
 
@@ -130,6 +153,91 @@ def test_a_saved_classifier_comes_back_and_another_is_refused(tmp_path: Path) ->
         refill(other, tmp_path)
 
 
+# --- a whole classifier as the start of another ----------------------------------------------------------------------
+
+
+def started_from(folder: Path, head: Head) -> Classifier:
+    """A classifier whose body and head are read from a folder."""
+    model: Classifier
+    if json.loads((folder / "config.json").read_text())["model_type"] == "bert":
+        model = BertClassifier(load_bert(folder, pooler=head.pooling == "pooler"), head)
+    else:
+        model = LlamaClassifier(load_model(folder, classifier=True), head)
+    read_head(model, folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_bert_classifier(),
+        tiny_bert_classifier(MULTI, pooling="pooler"),
+        tiny_bert_classifier(NUMBER, pooling="cls"),
+        tiny_llama_classifier(),
+        tiny_llama_classifier(MULTI, pooling="mean", tie_word_embeddings=False),
+    ],
+    ids=["mean", "pooler multi", "cls number", "llama", "llama mean multi untied"],
+)
+def test_body_and_head_are_read_from_our_folder(model: Classifier, tmp_path: Path) -> None:
+    shake(model.eval())
+    save_safetensors(model, tmp_path)
+    found = head_in(tmp_path)
+    assert found is not None
+    assert found.facts() == model.head.facts()
+    again = started_from(tmp_path, replace(found, seed=9))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert head_layers(again) == head_layers(model) == fresh_layers(model)
+    assert fresh_layers(again) == (), "it has a first value to be held to"
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_body_and_head_are_read_from_transformers_folder(kind: str, tmp_path: Path) -> None:
+    ours: Classifier = tiny_bert_classifier(pooling="pooler") if kind == "encoder" else tiny_llama_classifier()
+    save_safetensors(ours, tmp_path / "config")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "config")
+    del config.ftlab_pooling
+    config.problem_type, config.pad_token_id = None, 0
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = head_in(tmp_path / "theirs")
+    assert found == Head(LABELS, "pooler" if kind == "encoder" else "last")
+    batch = batch_of(texts())
+    types = {"token_type_ids": batch.token_types} if kind == "encoder" else {}
+    expected = theirs(batch.input_ids, attention_mask=batch.mask.long(), **types).logits
+    torch.testing.assert_close(started_from(tmp_path / "theirs", found)(batch), expected)
+
+
+def test_other_folders_have_no_head_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    save_safetensors(tiny_llama(), tmp_path / "text")
+    assert head_in(tmp_path / "text") is None
+    assert head_in(tmp_path / "text" / "model.safetensors") is None
+    model = tiny_bert_classifier()
+    save_safetensors(model, tmp_path / "labels")
+    config = tmp_path / "labels" / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"ftlab_pooling": "max"}))
+    with pytest.raises(FtlabError, match="ftlab_pooling='max' is none of mean, cls, pooler, last"):
+        head_in(tmp_path / "labels")
+    config.write_text(json.dumps(fields | {"architectures": ["BertForTokenClassification"]}))
+    with pytest.raises(FtlabError, match=r"unexpected classifier\.bias"):
+        load_bert(tmp_path / "labels")
+    config.write_text(json.dumps(fields))
+    with pytest.raises(FtlabError, match=r"misshapen classifier\.bias \(3,\) instead of \(2,\)"):
+        read_head(tiny_bert_classifier(LabelSet("single", ("a", "b"))), tmp_path / "labels")
+
+
+def test_a_head_is_read_as_it_is_whatever_its_body_is_stored_in(tmp_path: Path) -> None:
+    model = tiny_bert_classifier()
+    shake(model)
+    save_safetensors(model, tmp_path)
+    half = BertClassifier(load_bert(tmp_path, dtype=torch.bfloat16), Head(LABELS, "mean"))
+    assert half.classifier.weight.dtype == torch.bfloat16
+    read_head(half, tmp_path)
+    assert torch.equal(half.classifier.weight, model.classifier.weight)
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +250,28 @@ def test_labels_are_sorted_and_become_targets() -> None:
     assert multi.target((), "x") == (0.0, 0.0, 0.0)
     assert LabelSet.of("regression", [1.0]).target(2.5, "x") == 2.5
     assert LabelSet.from_dict(json.loads(json.dumps(multi.as_dict()))) == multi
+
+
+@pytest.mark.parametrize("labels", [LABELS, MULTI, NUMBER, LabelSet("multi", ("one",))], ids=str)
+def test_labels_come_back_from_a_config(labels: LabelSet) -> None:
+    assert LabelSet.from_hf(json.loads(json.dumps(labels.to_hf())), "x") == labels
+
+
+def test_labels_of_transformers_config_whose_defaults_are_left_out() -> None:
+    assert LabelSet.from_hf({}, "x") == LabelSet("single", ("LABEL_0", "LABEL_1"))
+    assert LabelSet.from_hf({"id2label": {"0": "LABEL_0"}}, "x") == NUMBER
+    names = {"1": "b", "0": "a", **{str(n): f"l{n}" for n in range(2, 12)}}
+    assert LabelSet.from_hf({"id2label": names}, "x").names == ("a", "b", *(f"l{n}" for n in range(2, 12)))
+    two_numbers = LabelSet.from_hf({"problem_type": "regression"}, "x")
+    assert two_numbers.kind == "regression"
+    assert two_numbers != NUMBER
+    for fields, complaint in (
+        ({"id2label": {"1": "a", "2": "b"}}, "from 0 on"),
+        ({"id2label": ["a", "b"]}, "from 0 on"),
+        ({"problem_type": "ranking"}, "problem_type='ranking' is none of"),
+    ):
+        with pytest.raises(FtlabError, match=f"where: .*{complaint}"):
+            LabelSet.from_hf(fields, "where")
 
 
 @pytest.mark.parametrize(
