@@ -20,6 +20,7 @@ from ftlab.methods import make_method
 from ftlab.methods.lora import lora_leaves
 from ftlab.models.heads import BertClassifier, Classifier, head_facts, pool
 from ftlab.models.labels import LabelSet
+from ftlab.models.noise import Noise, disturb
 from tests.helpers.classifiers import (
     LABELS,
     MULTI,
@@ -53,7 +54,8 @@ def log_p(logits_EC: Tensor, targets: Tensor, kind: str) -> Tensor:
 
 @KINDS
 def test_empirical_is_the_mean_of_squared_gradients_of_torchs_likelihood(labels: LabelSet) -> None:
-    model = tiny_bert_classifier(labels, dropout=0.3).train()
+    model = tiny_bert_classifier(labels).train()
+    disturb(model, Noise(embedding=0.3, residual=0.3))
     names = [WEIGHT, BIAS, QUERY]
     batches = [batch_of([example], labels) for example in texts(labels)]
     found = diagonal_fisher(model, names, batches, kind="empirical")

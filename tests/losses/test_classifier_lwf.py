@@ -20,6 +20,7 @@ from ftlab.losses.scalars import collecting
 from ftlab.methods import make_method
 from ftlab.models.heads import BertClassifier
 from ftlab.models.labels import LabelSet
+from ftlab.models.noise import Noise, disturb
 from ftlab.training.loop import train_step
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
@@ -44,7 +45,8 @@ def built(
     labels: LabelSet, method: MethodConfig, *, r_drop: float = 0.0, dropout: float = 0.0
 ) -> tuple[BertClassifier, BertClassifier, LabelLwF]:
     """A model that has moved since the old one, the old one, and LwF around the plain loss or R-Drop."""
-    model = tiny_bert_classifier(labels, dropout=dropout)
+    model = tiny_bert_classifier(labels)
+    disturb(model, Noise(embedding=dropout, residual=dropout))
     make_method(method, seed=0).apply(model)
     shake(model)
     plain = functools.partial(classification_loss, kind=labels.kind, r_drop=r_drop)
