@@ -25,6 +25,15 @@ State = dict[str, Tensor]
 TINY = ["+experiment=full_tiny", "tracking=disabled", "evaluation=loss_only", "training.max_steps=4"]
 
 
+def finished(folder: Path, words: list[str], settings: dict[str, list[str]]) -> Path:
+    """The folder, with a run for each of the settings."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ftlab.session.write_report", lambda run_dir: run_dir)
+        for name, overrides in settings.items():
+            assert train(*compose([*words, f"run_dir={folder / name}", *overrides])) == 0
+    return folder
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs `one` and `two` (full), `lora`, and those that do not go with them."""
@@ -37,11 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "other_base": ["model.init_seed=7"],
         "other_data": ["data.split_seed=5"],
     }
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ftlab.session.write_report", lambda run_dir: run_dir)
-        for name, overrides in settings.items():
-            assert train(*compose([*TINY, f"run_dir={folder / name}", *overrides])) == 0
-    return folder
+    return finished(folder, TINY, settings)
 
 
 def full(runs: Path, name: str) -> State:
@@ -196,11 +201,7 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "several": ["method=full", "data.labels=multi", f"data.train={folder / 'lists.jsonl'}"],
         "first_token": ["method=full", "head.pooling=last"],
     }
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ftlab.session.write_report", lambda run_dir: run_dir)
-        for name, overrides in settings.items():
-            assert train(*compose([*words, f"run_dir={folder / name}", *overrides])) == 0
-    return folder
+    return finished(folder, words, settings)
 
 
 def test_classifiers_mix_with_their_heads(classifiers: Path, tmp_path: Path) -> None:
