@@ -233,6 +233,8 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
     table = method.apply(model)
     if (start := _start_from(config)) is not None:
         method.load(model, start)
+        if isinstance(model, Classifier):
+            model.new_head = False  # the adapter brought it
     precision.store(model)
     operators, kernels = select(config.kernels, precision.device, compiled=config.training.compile)
     model.use(operators)

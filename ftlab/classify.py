@@ -75,6 +75,12 @@ def classifier(
     head = Head(labels, pooling, config.training.seed)
     if isinstance(base, BertModel):
         return _with_read_head(config, BertClassifier(base, head))
+    p = config.regularizer.dropout.attention
+    if p > 0 and config.kernels in ("native", "triton"):
+        raise ConfigError(
+            f"kernels: {config.kernels} has no kernel with regularizer.dropout.attention={p} in a decoder; use "
+            "kernels=auto, which leaves that to torch"
+        )
     return _with_read_head(config, LlamaClassifier(base, head))
 
 
@@ -126,7 +132,7 @@ def about_head(config: Config, labels: LabelSet) -> str:
             "to 0"
         )
     if not why:
-        return f"the head is that of model.location ({labels}), and is trained on"
+        return f"the head is that of model.location ({labels})"
     return f"the head is new: {why}" if _saved_head(config) is not None else ""
 
 

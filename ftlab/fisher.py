@@ -119,12 +119,15 @@ def _alone(example: Example, opened: OpenRun) -> Batch:
 def _moved(opened: OpenRun) -> list[str]:
     """Names of the weights whose value the run changed, as the plain model has them."""
     from ftlab.losses.penalties import AdapterLeaf
+    from ftlab.methods.lora import LoRA
+    from ftlab.methods.rules import adapter_table
     from ftlab.methods.trainable import trainable_parameters
     from ftlab.models.heads import head_parameters
 
-    if opened.method.keeps_base:
+    if isinstance(opened.method, LoRA):
+        rules = adapter_table(opened.model, opened.method.config).assign(opened.model)
         adapted = [f"{name}.weight" for name, leaf in opened.model.named_modules() if isinstance(leaf, AdapterLeaf)]
-        return [*adapted, *head_parameters(opened.model)]
+        return [*adapted, *(name for name in head_parameters(opened.model) if rules[name].trainable)]
     opened.method.apply(opened.model)
     names = list(trainable_parameters(opened.model))
     opened.model.requires_grad_(False)

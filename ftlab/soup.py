@@ -1,7 +1,7 @@
 """``python -m ftlab.soup 'runs=[DIR,DIR]' out=DIR``: the mean of finished runs, or the way from the base to it.
 
 Works on whole weights, so full and LoRA runs of one base mix; the result is a model in Hugging Face's format. A
-classifier's head has no pretrained value: between the base and the mean it is the mean's.
+new head of a classifier has no pretrained value: between the base and the mean it is the mean's.
 """
 
 from __future__ import annotations
@@ -111,10 +111,9 @@ def _check_same(
         raise FtlabError(f"{run} and {first} began from other base models; a mean of their weights means nothing")
     names = ("tokenizer", "labels", *(("chat template", "data") if data else ()))
     if changed := [name for name in names if ours.get(name) != inputs.get(name)]:
-        advice = "; kind=greedy compares losses, so give runs on the same data, or kind=uniform" if data else ""
+        elsewhere = {"chat template", "data"} >= set(changed)
+        advice = "; kind=greedy compares losses, so give runs on the same data, or kind=uniform" if elsewhere else ""
         raise FtlabError(f"the {' and the '.join(changed)} of {run} differ from those of {first}{advice}")
-    if "labels" in ours and config.head != other.head:
-        raise FtlabError(f"{run} makes a vector of a text in another way than {first} (head.pooling); give runs alike")
 
 
 class _Kitchen:
@@ -132,14 +131,20 @@ class _Kitchen:
             raise FtlabError(f"kind=greedy needs validation examples, and {runs[0]} has none; give kind=uniform")
 
     def state_of(self, number: int) -> dict[str, Tensor]:
-        """The whole weights that a run ended with."""
+        """The whole weights that a run ended with. Errors: FtlabError if its head is another one."""
+        from ftlab.models.heads import head_facts
         from ftlab.open_run import open_run
 
         opened = open_run(Path(self.runs[number]), base=False, ranks=self.ranks)
+        if head_facts(opened.model) != head_facts(self.model):
+            raise FtlabError(
+                f"{self.runs[number]} makes a vector of a text in another way than {self.runs[0]} (head.pooling); give "
+                "runs alike"
+            )
         return dict(_plain(opened).state_dict())
 
     def base(self, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The pretrained weights, with a classifier's head from `head`."""
+        """The pretrained weights, with a new head from `head`."""
         from ftlab.models.heads import fresh_parameters
         from ftlab.open_run import open_run
 

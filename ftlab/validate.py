@@ -395,7 +395,8 @@ def check_noise(config: Config) -> None:
             "regularizer.dropout.residual (or another place), method.dropout with method=lora, or r_drop=0"
         )
     smoothing = 0.0 if labelled else regularizer.label_smoothing  # a classifier's loss goes through no kernel
-    without_kernel = {"label_smoothing": smoothing, "dropout.attention": places["dropout.attention"]}
+    attention = 0.0 if labelled else places["dropout.attention"]  # `classify` knows whether it is an encoder's
+    without_kernel = {"label_smoothing": smoothing, "dropout.attention": attention}
     without = ("label_smoothing", "dropout.attention") if config.kernels == "native" else ("dropout.attention",)
     for name in without if config.kernels in ("native", "triton") else ():
         if without_kernel[name] > 0:

@@ -165,14 +165,13 @@ def test_ewc_and_lwf_hold_the_classifier_that_the_run_began_with(method: str, fi
     trained(tmp_path / "zero", *words, *zeros)
     plain, zero = weights(tmp_path / "plain"), weights(tmp_path / "zero")
     assert all(torch.equal(plain[name], zero[name]) for name in plain), "strength 0 is bitwise the run without it"
-    for name, strong in (("ewc", [*ewc[:-1], f"{ewc[-1]}=1e6"]), ("lwf", [f"{lwf[-1]}=50"])):
-        trained(tmp_path / name, *words, *strong)
-        found = weights(tmp_path / name)
-        head = [key for key in found if key.endswith("classifier.weight")]
-        assert len(head) == 1
-        assert not torch.equal(found[head[0]], plain[head[0]])
-    assert any(line["lwf/kl"] > 0 for line in lines(tmp_path / "lwf"))
-    assert any(line["penalty/ewc"] > 0 for line in lines(tmp_path / "ewc"))
+    for keys, scalar, strong, share in ((ewc, "penalty/ewc", 1e4, 0.5), (lwf, "lwf/kl", 50, 0.9)):
+        distances = []
+        for strength in (1e-6, strong):
+            folder = tmp_path / f"{scalar.replace('/', '-')}-{strength}"
+            trained(folder, *words, "training.max_steps=8", *keys[:-1], f"{keys[-1]}={strength}")
+            distances.append(lines(folder)[-1][scalar] / (strength if keys is ewc else 1))
+        assert 0 < distances[1] < share * distances[0], f"{scalar}: the stronger pull ends nearer"
 
 
 @pytest.mark.parametrize("kind", ["true", "empirical"])

@@ -199,7 +199,8 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "two": ["method=full", "optimizer.lr=1e-2"],
         "lora": ["method=lora_bert", "method.rank=2", "optimizer.lr=1e-2"],
         "several": ["method=full", "data.labels=multi", f"data.train={folder / 'lists.jsonl'}"],
-        "first_token": ["method=full", "head.pooling=last"],
+        "last": ["method=full", "head.pooling=last"],
+        "explicit": ["method=full", "head.pooling=mean"],
     }
     return finished(folder, words, settings)
 
@@ -224,8 +225,23 @@ def test_between_the_base_and_a_classifier_the_head_is_the_classifiers(classifie
     assert_close(found, expected)
 
 
+def test_a_head_that_was_read_has_a_place_to_begin(classifiers: Path, tmp_path: Path) -> None:
+    words = ["data=topics", "model=minilm", f"model.location={classifiers / 'one/model'}", "model.tokenizer=bytes"]
+    words += ["method=full", "tracking=disabled", "training.max_steps=4", "evaluation.times=1", "optimizer.lr=1e-2"]
+    finished(tmp_path, words, {"on": []})
+    found, _ = cooked(tmp_path, tmp_path / "out", ["on"], "alpha=0.25")
+    start, end = full(classifiers, "one"), full(tmp_path, "on")
+    assert not torch.equal(start["classifier.weight"], end["classifier.weight"])
+    assert_close(found, {name: torch.lerp(tensor, end[name], 0.25) for name, tensor in start.items()})
+
+
+def test_an_implied_pooling_is_the_explicit_one(classifiers: Path, tmp_path: Path) -> None:
+    _, facts = cooked(classifiers, tmp_path / "out", ["one", "explicit"])
+    assert len(facts["runs"]) == 2
+
+
 @pytest.mark.parametrize(
-    ("other", "reason"), [("several", "labels"), ("first_token", "makes a vector of a text in another way")]
+    ("other", "reason"), [("several", "labels"), ("last", "makes a vector of a text in another way")]
 )
 def test_classifiers_of_other_heads_are_refused(
     classifiers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str, reason: str

@@ -26,7 +26,7 @@ from ftlab.errors import FtlabError
 from ftlab.losses.fisher import FILE, FisherFacts, read_fisher
 from ftlab.losses.penalties import AdapterLeaf, Penalty
 from ftlab.losses.products import sum_over_product
-from ftlab.models.heads import head_facts, is_head
+from ftlab.models.heads import head_facts, is_head, is_pooler
 
 __all__ = ["EWC", "of_another_head"]
 
@@ -120,8 +120,11 @@ class EWC(Penalty):
 
 
 def of_another_head(names: Iterable[str], facts: FisherFacts, model: nn.Module) -> set[str]:
-    """Those of a file's weights that belong to a head which `model` does not have."""
-    return set() if facts.head == head_facts(model) else {name for name in names if is_head(name)}
+    """Those of a file's weights that belong to a head which `model` does not have, with the pooler that it reads."""
+    if facts.head == head_facts(model):
+        return set()
+    own = {name for name, _ in model.named_parameters()}
+    return {name for name in names if is_head(name) or (is_pooler(name) and name not in own)}
 
 
 def _weighted(weight: Tensor | None, leaf: AdapterLeaf | None, held: _Held) -> Tensor:

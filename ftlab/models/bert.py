@@ -183,7 +183,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """LayerNorm(residual + dropout(dense(x)) / keep): the end of either sublayer."""
+    """LayerNorm(residual + scale * dropout(dense(x))): the end of either sublayer."""
 
     def __init__(self, width: int, config: BertConfig) -> None:
         super().__init__()
@@ -191,10 +191,10 @@ class Output(nn.Module):
         self.dense = Linear(width, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, residual_BTD: Tensor, keep: float) -> Tensor:
-        """[B, T, width], [B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, residual_BTD: Tensor, scale: Tensor | None) -> Tensor:
+        """[B, T, width], [B, T, D] -> [B, T, D]; scale: [], None for 1."""
         update_BTD = dropout(self.dense(x), self.noise.residual if self.training else 0.0)
-        out: Tensor = self.LayerNorm(residual_BTD + (update_BTD if keep == 1 else update_BTD / keep))
+        out: Tensor = self.LayerNorm(residual_BTD + (update_BTD if scale is None else scale * update_BTD))
         return out
 
 
@@ -221,18 +221,16 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.noise = QUIET
-        self.keep = 1.0
         self.attention = AttentionLayer(config)
         self.intermediate = Intermediate(config)
         self.output = Output(config.intermediate_size, config)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, h_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        p, keep = (self.noise.hidden, self.keep) if self.training else (0.0, 1.0)
-        h_BTD = self.attention.output(self.attention.self(h_BTD, mask_BT), h_BTD, keep)
-        inside = dropout(self.activation(self.intermediate.dense(h_BTD)), p)
-        out: Tensor = self.output(inside, h_BTD, keep)
+    def forward(self, h_BTD: Tensor, mask_BT: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; scale: [], of what is added; a tensor, lest each layer is compiled anew."""
+        h_BTD = self.attention.output(self.attention.self(h_BTD, mask_BT), h_BTD, scale)
+        p = self.noise.hidden if self.training else 0.0
+        out: Tensor = self.output(dropout(self.activation(self.intermediate.dense(h_BTD)), p), h_BTD, scale)
         return out
 
     def left_out(self, h_BTD: Tensor) -> Tensor:
@@ -290,12 +288,15 @@ class BertModel(nn.Module):
         random_depth = self.training and self.noise.depth > 0
         layers: list[Any] = [*self.encoder.layer]
         for number, layer in enumerate(layers):
-            if random_depth and float(torch.rand(())) >= self.noise.keep(number, len(layers)):
+            keep = self.noise.keep(number, len(layers))
+            if random_depth and float(torch.rand(())) >= keep:
                 h_BTD = layer.left_out(h_BTD)
-            elif self.checkpoint_blocks and self.training and torch.is_grad_enabled():
-                h_BTD = checkpoint(layer, h_BTD, mask_BT, use_reentrant=False, preserve_rng_state=True)
+                continue
+            scale = torch.tensor(1 / keep, device=h_BTD.device) if random_depth else None
+            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+                h_BTD = checkpoint(layer, h_BTD, mask_BT, scale, use_reentrant=False, preserve_rng_state=True)
             else:
-                h_BTD = layer(h_BTD, mask_BT)
+                h_BTD = layer(h_BTD, mask_BT, scale)
         return h_BTD
 
 

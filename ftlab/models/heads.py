@@ -248,6 +248,11 @@ def is_head(name: str) -> bool:
     return name.partition(".")[0] in (LM_HEAD, BertClassifier.layer, LlamaClassifier.layer)
 
 
+def is_pooler(name: str) -> bool:
+    """Whether a parameter's name is that of BERT's pooler, which a head of another pooling goes without."""
+    return name.startswith("bert.pooler.")
+
+
 def head_in(path: Path) -> Head | None:
     """The head of the whole classifier in a folder of ftlab's or transformers'; None for any other folder or file.
 

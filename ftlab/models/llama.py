@@ -216,13 +216,13 @@ class Block(nn.Module):
     """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h)).
 
     The last sum is left to the next norm, which makes it in the same pass: a block takes the stream and the update that
-    is still to be added to it, and returns both.
+    is still to be added to it, and returns both. With stochastic depth that update is of the whole block, and the
+    caller scales it: the factor differs from block to block, and compiled blocks have their constants in common.
     """
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.noise = QUIET
-        self.keep = 1.0
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -230,13 +230,13 @@ class Block(nn.Module):
 
     def forward(self, h_BTD: Tensor, update_BTD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         """[B, T, D] each -> [B, T, D] each."""
-        p, keep = (self.noise.residual, self.keep) if self.training else (0.0, 1.0)
+        noise = self.noise if self.training else QUIET
         normed_BTD, h_BTD = self.input_layernorm.add(h_BTD, update_BTD)
-        attended_BTD = dropout(self.self_attn(normed_BTD, context), p)
+        attended_BTD = dropout(self.self_attn(normed_BTD, context), noise.residual)
         normed_BTD, between_BTD = self.post_attention_layernorm.add(h_BTD, attended_BTD)
-        out_BTD = dropout(self.mlp(normed_BTD), p)
-        if keep < 1:
-            return h_BTD, (attended_BTD + out_BTD) / keep
+        out_BTD = dropout(self.mlp(normed_BTD), noise.residual)
+        if noise.depth > 0:
+            return h_BTD, attended_BTD + out_BTD
         return between_BTD, out_BTD
 
 
@@ -354,10 +354,14 @@ class LlamaForCausalLM(nn.Module):
         update_BTD: Tensor | None = None
         random_depth = self.training and self.noise.depth > 0
         for number, block in enumerate(self.model.layers[first:end], first):
-            if random_depth and float(torch.rand(())) >= self.noise.keep(number, len(self.model.layers)):
+            keep = self.noise.keep(number, len(self.model.layers))
+            if random_depth and float(torch.rand(())) >= keep:
                 h_BTD = left_out(h_BTD, block)
                 continue
             h_BTD, update_BTD = run(block, h_BTD, update_BTD, context)
+            if random_depth:
+                assert update_BTD is not None  # a block returns one
+                update_BTD = update_BTD / keep
         return h_BTD, update_BTD
 
     def _context(

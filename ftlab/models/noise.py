@@ -79,8 +79,6 @@ def disturb(model: AnyModel, noise: Noise) -> None:
     for module in model.modules():
         if hasattr(module, "noise"):
             module.noise = noise  # type: ignore[assignment]
-    for number, block in enumerate(model.blocks):
-        block.keep = noise.keep(number, len(model.blocks))  # type: ignore[assignment]
 
 
 def own_lengths(documents: Documents | None, B: int, T: int) -> Tensor:

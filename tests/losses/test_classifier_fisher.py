@@ -170,6 +170,10 @@ def test_another_pooling_is_another_head_and_another_body_is_refused(tmp_path: P
     assert len(penalty.held) == len([p for p in model.parameters() if p.ndim == 2]) - 1
     with pytest.raises(FtlabError, match="another model"):
         EWC(tiny_llama_classifier(), EWCConfig(1.0, [folder]))
+    pooled = saved(tmp_path / "pooled", tiny_bert_classifier(pooling="pooler"))
+    assert {held.name for held in EWC(model, EWCConfig(1.0, [pooled])).held} == {held.name for held in penalty.held}
+    own = EWC(tiny_bert_classifier(OTHER, pooling="pooler"), EWCConfig(1.0, [pooled]))
+    assert "bert.pooler.dense.weight" in {held.name for held in own.held}
 
 
 def test_between_a_language_model_and_a_classifier_the_decoder_is_held(tmp_path: Path) -> None:

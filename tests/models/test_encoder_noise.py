@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from ftlab.models.bert import BertConfig, BertModel, random_bert
 from ftlab.models.heads import BertClassifier, Head, LlamaClassifier
@@ -138,6 +139,28 @@ def test_a_layer_left_out_gives_zeros_to_all_but_its_norms() -> None:
 def draws(seed: int) -> list[float]:
     torch.manual_seed(seed)
     return [float(torch.rand(())) for _ in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch about itself
+@pytest.mark.parametrize("decoder", [False, True])
+def test_blocks_of_all_depths_have_compiled_graphs_in_common(decoder: bool) -> None:
+    """torch.compile gives up on a function that it compiled for the eighth time.
+
+    A decoder has more: before its attention and after it, and of the first block, which has no update to add.
+    """
+    model: BertClassifier | LlamaClassifier
+    if decoder:
+        model = LlamaClassifier(tiny_llama(vocab_size=61, num_hidden_layers=10), Head(LABELS, "last"))
+    else:
+        config = BertConfig(61, 32, 48, 10, 4, max_position_embeddings=40, initializer_range=0.3)
+        model = BertClassifier(random_bert(config, seed=0), Head(LABELS, "mean"))
+    disturb(model, Noise(depth=0.2))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=counter, dynamic=False)
+    model.train()(BATCH)
+    assert 0 < counter.frame_count <= (5 if decoder else 1)
 
 
 # --- NEFTune ----------------------------------------------------------------------------------------------------------
