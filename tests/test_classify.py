@@ -134,6 +134,14 @@ def test_r_drop_is_part_of_what_a_classifier_learns(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4), "the same two passes, and the rest is the divergence"
 
 
+@pytest.mark.parametrize("model", [("tiny_bert_random", "lora_bert"), ("tiny_random", "lora")])
+def test_a_frozen_body_may_be_narrower_than_its_head(model: tuple[str, str], tmp_path: Path) -> None:
+    words = [f"model={model[0]}", f"method={model[1]}", "precision=fp32", "precision.frozen=bf16"]
+    record = trained(tmp_path / "run", *words, "training.max_steps=2", "evaluation.times=1")
+    assert record["steps"] == 2
+    assert evaluate.main([f"run={tmp_path / 'run'}"]) == 0
+
+
 @pytest.mark.parametrize("method", ["bitfit", "linear_probe", "freeze", "full", "lora_bert", "gradual_unfreeze"])
 def test_in_half_precision_what_trains_is_wider_than_what_is_frozen(method: str, tmp_path: Path) -> None:
     words = [f"method={method}", "precision=bf16", "training.max_steps=3", "evaluation.times=1"]

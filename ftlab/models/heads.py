@@ -97,9 +97,10 @@ class _HeadMixin:
     architecture: str
     new_head = True  # W is drawn; False: it was read (`read_head`), so it has a first value to be held to
 
-    def _logits(self, h_ETD: Tensor, mask_ET: Tensor, pooler: nn.Module | None, linear: nn.Module) -> Tensor:
+    def _logits(self, h_ETD: Tensor, mask_ET: Tensor, pooler: nn.Module | None, linear: nn.Linear) -> Tensor:
         """[E, C], in fp32 whatever the model computed in."""
-        pooled_ED = pool(h_ETD, mask_ET, self.head.pooling, pooler)
+        # A head that trains is stored wider than a frozen body may compute in.
+        pooled_ED = pool(h_ETD, mask_ET, self.head.pooling, pooler).to(linear.weight.dtype)
         out: Tensor = linear(dropout(pooled_ED, self.noise.head if linear.training else 0.0)).float()
         return out
 
