@@ -21,7 +21,7 @@ from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import random_llama
 from ftlab.optim.adamw import build_optimizer
 from ftlab.training.checkpoint import Checkpoints
-from ftlab.training.loop import Fit, Limits
+from ftlab.training.loop import Fit, Limits, train_step
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
 from ftlab.training.signals import StopSignal
@@ -194,3 +194,20 @@ def run_ranks(
     """
     place = str(folder / "rendezvous")
     mp.spawn(_rank_main, (world, place, timeout_seconds, function, arguments), nprocs=world, join=True)
+
+
+def gradients_of_a_step(
+    model: torch.nn.Module, objective: Callable[..., torch.Tensor], ranks: Ranks, batches: list[Any]
+) -> dict[str, torch.Tensor]:
+    """What the optimizer is given by a step in fp32 over this rank's micro-batches, by parameter."""
+    optimizer = KeepGradients(model)
+    precision = Precision(PrecisionConfig(), torch.device("cpu"))
+    train_step(Replica(model, objective, ranks), optimizer, batches, precision=precision)
+    return optimizer.seen
+
+
+def compare_with_one_rank(ranks: Ranks, step: Callable[[Ranks], dict[str, torch.Tensor]]) -> None:
+    """For `run_ranks`: assert that a step on these ranks has the gradients of one rank."""
+    seen, alone = step(ranks), step(Ranks())
+    for name, gradient in alone.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-5)

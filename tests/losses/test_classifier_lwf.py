@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from ftlab.config import FullConfig, LoRAConfig, LwFConfig, MethodConfig, PrecisionConfig
+from ftlab.config import FullConfig, LoRAConfig, LwFConfig, MethodConfig
 from ftlab.losses.classification import classification_loss, logits_loss
 from ftlab.losses.lwf import LabelLwF, label_distillation
 from ftlab.losses.mixout import Mixout
@@ -21,11 +21,9 @@ from ftlab.methods import make_method
 from ftlab.models.heads import BertClassifier
 from ftlab.models.labels import LabelSet
 from ftlab.models.noise import Noise, disturb
-from ftlab.training.loop import train_step
-from ftlab.training.parallel import Ranks, Replica
-from ftlab.training.precision import Precision
+from ftlab.training.parallel import Ranks
 from tests.helpers.classifiers import LABELS, MULTI, batch_of, shake, texts, tiny_bert_classifier, tiny_llama_classifier
-from tests.helpers.training import KeepGradients, gradients, run_ranks
+from tests.helpers.training import compare_with_one_rank, gradients, gradients_of_a_step, run_ranks
 
 KINDS = pytest.mark.parametrize("labels", [LABELS, MULTI], ids=lambda labels: labels.kind)
 METHODS: dict[str, MethodConfig] = {
@@ -164,19 +162,10 @@ def test_nothing_to_learn_is_zero_and_reaches_everything() -> None:
 def one_step(ranks: Ranks) -> dict[str, Tensor]:
     """The gradient of a step, after the model has moved."""
     model, _, lwf = built(LABELS, METHODS["lora"])
-    optimizer = KeepGradients(model)
     examples = texts(count=8)
     batches = [batch_of(examples[at : at + 2]) for at in range(0, 8, 2)][ranks.rank :: ranks.world]
-    precision = Precision(PrecisionConfig(), torch.device("cpu"))
-    train_step(Replica(model, lwf, ranks), optimizer, batches, precision=precision)
-    return optimizer.seen
-
-
-def compare_ranks(ranks: Ranks) -> None:
-    seen, alone = one_step(ranks), one_step(Ranks())
-    for name, gradient in alone.items():
-        torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-5)
+    return gradients_of_a_step(model, lwf, ranks, batches)
 
 
 def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
-    run_ranks(compare_ranks, tmp_path)
+    run_ranks(compare_with_one_rank, tmp_path, one_step)

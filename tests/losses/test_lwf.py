@@ -38,10 +38,17 @@ from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.noise import Noise, disturb
 from ftlab.operators.dropout import dropout
 from ftlab.session import train
-from ftlab.training.loop import train_step
-from ftlab.training.parallel import Ranks, Replica
+from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision
-from tests.helpers.training import KeepGradients, collate, gradients, ragged_examples, run_ranks, tiny_llama
+from tests.helpers.training import (
+    collate,
+    compare_with_one_rank,
+    gradients,
+    gradients_of_a_step,
+    ragged_examples,
+    run_ranks,
+    tiny_llama,
+)
 
 BATCH = collate(ragged_examples(6), 6)[0]
 METHODS: dict[str, MethodConfig] = {
@@ -221,21 +228,12 @@ def one_step(ranks: Ranks) -> dict[str, Tensor]:
     """The gradient of a step, after the model has moved."""
     model, lwf = built(LoRAConfig(rank=4, alpha=8.0))
     moved(model)
-    optimizer = KeepGradients(model)
     batches = collate(ragged_examples(8), 2)[ranks.rank :: ranks.world]
-    precision = Precision(PrecisionConfig(), torch.device("cpu"))
-    train_step(Replica(model, lwf, ranks), optimizer, batches, precision=precision)
-    return optimizer.seen
-
-
-def compare_ranks(ranks: Ranks) -> None:
-    seen, alone = one_step(ranks), one_step(Ranks())
-    for name, gradient in alone.items():
-        torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-5)
+    return gradients_of_a_step(model, lwf, ranks, batches)
 
 
 def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
-    run_ranks(compare_ranks, tmp_path)
+    run_ranks(compare_with_one_rank, tmp_path, one_step)
 
 
 @pytest.mark.slow
