@@ -152,11 +152,7 @@ def build_model(
                 "with labels and no data.instruction, or a language model"
             )
         model = load_model(path, dtype=dtype, device=ranks.device, classifier=classifier)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise FtlabError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.model.location} rows for "
-                f"{model.config.vocab_size}; give the tokenizer that belongs to it in model.tokenizer"
-            )
+        tokenizer.check_rows(model.config.vocab_size, config.model.location)
         return model
     if isinstance(config.model, RandomBertConfig):
         raise ConfigError(f"model: {config.model.name} is an encoder, which gives no text; give data with labels")

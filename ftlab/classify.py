@@ -57,11 +57,7 @@ def encoder(config: Config, tokenizer: Tokenizer, ranks: Ranks, dtype: torch.dty
     if not isinstance(model, PretrainedConfig) or not is_bert(path := resolve(model.location)):
         return None
     bert = load_bert(path, dtype=dtype, device=ranks.device, pooler=pooler)
-    if tokenizer.vocab_size > bert.config.vocab_size:
-        raise FtlabError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.location} rows for "
-            f"{bert.config.vocab_size}; give the tokenizer that belongs to it in model.tokenizer"
-        )
+    tokenizer.check_rows(bert.config.vocab_size, model.location)
     return bert
 
 

@@ -51,7 +51,7 @@ class SpecialTokens:
 class Tokenizer:
     """A `tokenizers` backend with the roles of its special tokens and the model's chat template.
 
-    `vocab_size` counts all ids of the vocabulary; a model may have more rows than that.
+    `vocab_size` is one more than the highest id, gaps included; a model may have more rows than that.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens, chat_template: str | None = None) -> None:
@@ -63,7 +63,7 @@ class Tokenizer:
         self.pad_id = special.pad_id
         self.stop_ids = special.stop_ids
         self.chat_template = chat_template
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = ids_of(backend)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`; no BOS or EOS is added.
@@ -87,6 +87,14 @@ class Tokenizer:
         if token is None:
             raise ValueError(f"the vocabulary has no id {id}")
         return token
+
+    def check_rows(self, rows: int, location: str) -> None:
+        """FtlabError if the model at `location`, which has embeddings for `rows` ids, lacks some of this vocabulary."""
+        if self.vocab_size > rows:
+            raise FtlabError(
+                f"the tokenizer needs {self.vocab_size} embeddings and the model {location} has {rows}; give the "
+                "tokenizer that belongs to it in model.tokenizer"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,6 +129,11 @@ class Tokenizer:
         atomic_write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
+def ids_of(backend: tokenizers.Tokenizer) -> int:
+    """One more than the highest id: the backend's own size counts tokens, and added ones may stand beyond a gap."""
+    return 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
 def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
     """Spelling -> id of the tokens that are marked special."""
     return {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -130,7 +143,7 @@ def assign_roles(
     backend: tokenizers.Tokenizer, eos: list[int], bos_id: int | None, pad_id: int | None, where: str
 ) -> SpecialTokens:
     """Check the ids, and add end-of-turn tokens to what stops a generation. Without a pad token EOS pads."""
-    size = backend.get_vocab_size(with_added_tokens=True)
+    size = ids_of(backend)
     special = special_ids(backend)
     if not eos:
         eos = [special[token] for token in END_OF_TEXT if token in special][:1]

@@ -274,6 +274,17 @@ def test_broken_folders_are_named(tmp_path: Path, files: dict[str, Any], message
         load_tokenizer(tmp_path / "absent")
 
 
+def test_a_model_needs_a_row_for_the_highest_id(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["beyond a gap"] = 499
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.check_rows(500, "here")
+    with pytest.raises(FtlabError, match=r"needs 500 embeddings and the model here has 499.*model\.tokenizer"):
+        tokenizer.check_rows(499, "here")
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Tokenizer:
     return load_tokenizer(resolve(SMOLLM2))
