@@ -21,7 +21,7 @@ from ftlab.methods.peft_folder import (
     PREFIX,
     WEIGHTS,
     Settings,
-    config_of,
+    config_for,
     first_match,
     overrides,
     read_sample,
@@ -94,7 +94,11 @@ class LoRA:
         ]
         if problems:
             shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise FtlabError(f"{directory / WEIGHTS} does not fit the model: {shown}; use the method and model it has")
+            wanted = overrides(config_for(directory, model, self.config), self.config)
+            raise FtlabError(
+                f"{directory / WEIGHTS} does not fit the model: {shown}; use the method and model it has"
+                f"{wanted and f': {wanted}'}"
+            )
         _check_base(leaves, directory)
         for name, leaf in leaves.items():
             start = f"{PREFIX}{name}."
@@ -324,10 +328,10 @@ def _check_settings(config: LoRAConfig, settings: Settings, model: nn.Module, di
         if flag != ours[key]:
             differing[f"{key} is {flag}, here {ours[key]}"] = None
     if differing:
-        wanted = overrides(config_of(directory, model))
+        wanted = overrides(config_for(directory, model, config), config)
         raise FtlabError(
             f"{directory / CONFIG} was written by other settings: {'; '.join(list(differing)[:5])}; use the settings "
-            f"of that run{f': {wanted}' if config.init != 'pissa' else ''}"
+            f"of that run: {wanted}"
         )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ftlab.config import LoRAConfig
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_directory
+from ftlab.methods.lora_linear import LoRALinear
 from ftlab.models.heads import head_layers
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Settings",
     "adapted_layers",
     "classifier_heads",
+    "config_for",
     "config_of",
     "first_match",
     "overrides",
@@ -234,16 +236,30 @@ def config_of(folder: Path, model: nn.Module) -> LoRAConfig:
     )
 
 
-def overrides(config: LoRAConfig) -> str:
-    """The settings that are not the defaults, as one gives them on the command line."""
-    plain, words = LoRAConfig(), []
+def config_for(folder: Path, model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """`config` with what it takes to make the folder's adapters on `model`, on which it has made its own.
+
+    Errors: FtlabError on an adapter of another model.
+    """
+    theirs = config_of(folder, model)
+    keys = ("rank", "alpha", "rslora", "dora", "ranks", "alphas", "init", "targets")
+    wanted = replace(config, **{key: getattr(theirs, key) for key in keys})
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return replace(wanted, targets=config.targets) if adapted == {*adapted_layers(read_tensors(folder))} else wanted
+
+
+def overrides(config: LoRAConfig, instead_of: LoRAConfig | None = None) -> str:
+    """The settings that are not those of `instead_of` (None: the defaults), as one gives them on the command line."""
+    given, words = instead_of or LoRAConfig(), []
     for item in fields(config):
         value = getattr(config, item.name)
-        if value != getattr(plain, item.name):
+        if value != getattr(given, item.name):
             if isinstance(value, list):
                 text = f"[{','.join(map(str, value))}]"
+            elif isinstance(value, float):
+                text = str(_plain(value))
             else:
-                text = str(value).lower() if isinstance(value, bool) else str(_plain(value))
+                text = str(value).lower() if isinstance(value, bool) else str(value)
             words.append(f"method.{item.name}={text}")
     return " ".join(f"'{word}'" if "[" in word else word for word in words)
 

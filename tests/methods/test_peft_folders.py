@@ -98,17 +98,38 @@ def test_the_settings_are_found(tmp_path: Path) -> None:
     assert (given.method.ranks, given.method.alphas) == (config.ranks, config.alphas)
 
 
-def test_other_settings_are_answered_with_the_right_ones(tmp_path: Path) -> None:
-    written_by_peft(tiny_llama(), tmp_path)
-    method = LoRA(LoRAConfig(rank=8, alpha=8.0, targets=["q_proj"], dora=True))
-    model = tiny_llama()
+@pytest.mark.parametrize(
+    "kind, ours, said",
+    [
+        ("plain", LoRAConfig(rank=8, alpha=8.0, targets=["q_proj"], dora=True), "r is 4, here 8; use_dora is False"),
+        ("plain", LoRAConfig(rank=4, alpha=8.0, rslora=True, alphas=["q_proj:4"], targets=["q_proj"]), "use_rslora"),
+        ("plain", LoRAConfig(rank=4, alpha=8.0, targets=["v_proj", "q_proj"]), "missing .*v_proj"),
+        ("plain", LoRAConfig(rank=4, alpha=8.0, targets=["k_proj"]), "unexpected .*q_proj"),
+        ("plain", LoRAConfig(rank=2, alpha=8.0, targets=[r"layers\..*\.q_proj"], init="pissa"), "lora_alpha is 8"),
+        ("rslora", LoRAConfig(rank=4, alpha=8.0, targets=["q_proj"]), "rank_pattern of .*use_rslora is True"),
+        ("ranks and alphas", LoRAConfig(ranks=["up_proj:3"], dora=True), "rank_pattern of"),
+        ("dora", LoRAConfig(rank=4, alpha=8.0, targets=["q_proj", "up_proj"]), "use_dora is True, here False"),
+    ],
+    ids=lambda value: "" if isinstance(value, LoRAConfig) else value,
+)
+def test_the_settings_of_an_error_are_the_ones_that_work(
+    kind: str, ours: LoRAConfig, said: str, tmp_path: Path
+) -> None:
+    written_by_peft(tiny_llama(), tmp_path, **KINDS.get(kind, {}))
+    model, method = tiny_llama(), LoRA(ours)
     method.apply(model)
-    wanted = (
-        r"r is 4, here 8; use_dora is False, here True; .*: method.rank=4 method.alpha=8 'method.targets=\[q_proj\]'"
-    )
-    with pytest.raises(FtlabError, match=wanted):
+    with pytest.raises(FtlabError, match=said) as error:
         method.load(model, tmp_path / "adapter")
-    assert not any(leaf.lora_B.any() for leaf in lora_leaves(model).values())
+    assert not any(leaf.lora_B.any() for leaf in lora_leaves(model).values()) or ours.init == "pissa"
+    words = [word for word in shlex.split(str(error.value)) if word.startswith("method.")]
+    given = [
+        word for word in shlex.split(overrides(ours)) if word.split("=")[0] not in {w.split("=")[0] for w in words}
+    ]
+    config, _ = compose([*RUN, *given, *words])
+    assert isinstance(config.method, LoRAConfig)
+    model, method = tiny_llama(), LoRA(config.method)
+    method.apply(model)
+    method.load(model, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
