@@ -61,6 +61,7 @@ from ftlab.training.sharpness import climbed
 from ftlab.training.unfreezing import Unfreezing
 
 __all__ = [
+    "FIRST_ADAPTER",
     "Built",
     "DataSet",
     "base_location",
@@ -81,6 +82,8 @@ __all__ = [
     "total_steps",
     "with_absolute_paths",
 ]
+
+FIRST_ADAPTER = "first adapter"  # its name among the fingerprints
 
 
 @dataclass
@@ -321,8 +324,11 @@ def _start_from(config: Config) -> Path | None:
     return Path(method.start_from) if isinstance(method, LoRAConfig) and method.start_from is not None else None
 
 
-def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[str, str]:
-    """Hashes of the contents a run depends on and that a path does not tell: model file, tokenizer, template, data."""
+def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer, *, trained: bool = False) -> dict[str, str]:
+    """Hashes of the contents a run depends on and that a path does not tell: model file, tokenizer, template, data.
+
+    trained: leave out the adapter that training began with, which a finished run does not read again.
+    """
     digest = hashlib.sha256()
     for side in (data.train, data.validation, data.test):
         for example in side:
@@ -338,8 +344,8 @@ def fingerprints(config: Config, data: DataSet, tokenizer: Tokenizer) -> dict[st
         hashes["labels"] = hashlib.sha256(repr(data.labels).encode()).hexdigest()
     if isinstance(config.model, PretrainedConfig):
         hashes["base model"] = str(describe(config.model.location)["sha256"])
-    if (start := _start_from(config)) is not None:
-        hashes["first adapter"] = sha256_file(start / "adapter_model.safetensors")
+    if not trained and (start := _start_from(config)) is not None:
+        hashes[FIRST_ADAPTER] = sha256_file(start / "adapter_model.safetensors")
     return {name: value[:16] for name, value in hashes.items()}
 
 

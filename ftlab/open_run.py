@@ -50,8 +50,11 @@ class OpenRun:
             FtlabError: the data, the template, the tokenizer or the base model are not those of the run.
         """
         data = build.build_data(self.config, self.tokenizer)
-        inputs = build.fingerprints(self.config, data, self.tokenizer)
-        if changed := changed_inputs(self.record.get("inputs", inputs), inputs):
+        inputs = build.fingerprints(self.config, data, self.tokenizer, trained=True)
+        before = {
+            name: value for name, value in self.record.get("inputs", inputs).items() if name != build.FIRST_ADAPTER
+        }
+        if changed := changed_inputs(before, inputs):
             raise FtlabError(
                 f"the {' and the '.join(changed)} changed since the run in {self.run_dir}, so scores could not be "
                 "compared with its own; restore what it was"

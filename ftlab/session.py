@@ -68,6 +68,8 @@ def _own_folder(run_dir: Path, ranks: Ranks) -> Iterator[RunRecord]:
             lock = (run_dir / ".lock").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             content = RunRecord(run_dir).content
+            if content.get("status") == "failed" and not _has_work(run_dir):
+                content = {}  # settings that did not work hold no folder
         except BlockingIOError:
             problem = f"another process is running in {run_dir}; wait for it, or give another run_dir"
         except OSError as error:
@@ -85,6 +87,12 @@ def _own_folder(run_dir: Path, ranks: Ranks) -> Iterator[RunRecord]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def _has_work(run_dir: Path) -> bool:
+    """Whether a run came as far as a measured value or a checkpoint."""
+    metrics = run_dir / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((run_dir / "checkpoints").glob("*"))
 
 
 @dataclass

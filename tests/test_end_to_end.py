@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,22 @@ def kill_when(process: subprocess.Popen[str], run_dir: Path, lines: int, signum:
             break
         time.sleep(0.005)
     process.send_signal(signum)
+
+
+def test_settings_that_failed_hold_no_folder(finished: Path, tmp_path: Path) -> None:
+    failed = run("run_dir=run", "method.targets=[q_porj]", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "q_porj" in failed.stderr
+    assert ended(tmp_path / "run")["status"] == "failed"
+    corrected = run("run_dir=run", cwd=tmp_path)
+    assert corrected.returncode == 0, corrected.stderr
+    assert_same_run(tmp_path / "run", finished)
+    assert ended(tmp_path / "run")["reason"] == ended(finished)["reason"]
+    trained = tmp_path / "trained"
+    shutil.copytree(finished, trained)
+    (trained / "run.json").write_text(json.dumps(ended(finished) | {"status": "failed"}))
+    refused = run("run_dir=trained", "optimizer.lr=0.5", cwd=tmp_path)
+    assert "holds a run with another configuration" in refused.stderr
 
 
 @pytest.mark.parametrize(

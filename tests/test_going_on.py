@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ftlab import evaluate, fisher, train
+from ftlab import evaluate, export, fisher, soup, train
 from ftlab.losses.fisher import FILE, read_fisher
 
 TINY = ["data=topics", "tracking=disabled", "data.test_fraction=0.3", "evaluation.times=1", "training.preflight=false"]
@@ -112,6 +113,18 @@ def test_a_decoder_goes_on_too(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     before = json.loads((tmp_path / "first/run.json").read_text())
     assert record["scores"]["base"] == before["scores"]["final"]
+
+
+def test_a_finished_run_needs_its_first_adapter_no_more(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    trained(first, *DECODER)
+    record = trained(second, *DECODER, f"method.start_from={first / 'adapter'}")
+    shutil.rmtree(first)
+    out = tmp_path / "scores.json"
+    assert evaluate.main([f"run={second}", f"out={out}"]) == 0
+    assert json.loads(out.read_text())["scores"]["after"] == record["scores"]["final"]
+    assert export.main([f"run={second}", f"out={tmp_path / 'exported'}"]) == 0
+    assert soup.main([f"runs=[{second}]", "alpha=0.5", f"out={tmp_path / 'half'}"]) == 0
 
 
 def test_a_classifier_is_no_language_model(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
