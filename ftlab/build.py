@@ -29,7 +29,7 @@ from ftlab.data.records import Record, SourceInfo, Splits, load_records
 from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import Example, encode_all
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.evaluation.label_measure import LabelMeasurer
+from ftlab.evaluation.label_measure import LabelMeasurer, measured_names
 from ftlab.evaluation.measure import Measurer, Measures
 from ftlab.files import sha256_file
 from ftlab.losses.cross_entropy import supervised_cross_entropy
@@ -75,8 +75,10 @@ __all__ = [
     "build_training",
     "causal",
     "check_lengths",
+    "check_metric",
     "export_folder",
     "fingerprints",
+    "foreseen",
     "loss_sum_of",
     "model_facts",
     "total_steps",
@@ -310,6 +312,13 @@ def build_loader(config: Config, data: DataSet, tokenizer: Tokenizer) -> RowLoad
     return RowLoader(data.train, config.data, seed, pad_id, replayed)
 
 
+def foreseen(config: Config, built: Built, loader: RowLoader, steps: int) -> str | None:
+    """What a run of so many steps will not come to, as far as its settings tell."""
+    if not isinstance(config.method, GradualUnfreezeConfig):
+        return None
+    return Unfreezing(config.method, built.method.stages).foreseen(steps, loader)
+
+
 def total_steps(config: Config, loader: RowLoader) -> int:
     """Optimizer steps of the whole run: max_steps if it is given, else what the epochs come to."""
     if config.training.max_steps is not None:
@@ -402,6 +411,18 @@ def build_measurer(
     if labels is not None:
         return LabelMeasurer(settings, labels, tokenizer.pad_id, precision.autocast, ranks)
     return Measurer(settings, tokenizer, loss_sum_of(config), precision.autocast, ranks)
+
+
+def check_metric(config: Config, data: DataSet) -> None:
+    """Errors: ConfigError if validation cannot measure what the best weights are chosen by."""
+    metric = config.checkpoint.metric
+    if data.labels is None or not data.validation or not (config.evaluation.times or config.evaluation.every_steps):
+        return
+    if metric not in (names := measured_names(data.validation, data.labels)):
+        raise ConfigError(
+            f"checkpoint.metric: the {len(data.validation)} validation texts and their labels do not settle {metric}; "
+            f"give others, or one of {', '.join(sorted(names))}"
+        )
 
 
 def check_lengths(data: DataSet, model: AnyModel) -> None:

@@ -1,4 +1,4 @@
-"""Entries PATTERN:NUMBER of a configuration: a number for what has a name that a regular expression matches."""
+"""Small languages of a configuration: PATTERN:NUMBER for what has a matching name, and ranges of blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ftlab.errors import ConfigError
 
-__all__ = ["pattern_and_factor", "pattern_numbers"]
+__all__ = ["block_ranges", "pattern_and_factor", "pattern_numbers"]
 
 _NUMBER = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?")
 _START = r"(?:.*\.)?"  # PATTERN matches whole parts of a name, so whatever stands before the first is free
@@ -17,6 +17,24 @@ _FITS: dict[str, Callable[[float], bool]] = {
     "ranks": lambda number: 1 <= number <= _MAX_RANK and number.is_integer(),
     "alphas": lambda number: number > 0,
 }
+
+
+def block_ranges(text: str) -> list[tuple[int, int | None]]:
+    """ "20-29", "5" or "28-" and others beside it, by commas -> first and last of each; last None: the uppermost block.
+
+    Errors: ConfigError naming method.layers.
+    """
+    ranges: list[tuple[int, int | None]] = []
+    for part in text.replace(" ", "").split(","):
+        found = re.fullmatch(r"(\d+)(-?)(\d*)", part)
+        if found is None:
+            raise ConfigError(
+                f"method.layers: {part!r} is not a block or a range of blocks, which are counted from 0 at the bottom; "
+                "give for example 20-29 or 28-"
+            )
+        first = int(found[1])
+        ranges.append((first, int(found[3]) if found[3] else None if found[2] else first))
+    return ranges
 
 
 def pattern_and_factor(key: str, entry: str) -> tuple[str, float]:

@@ -173,6 +173,8 @@ class _Session:
         inputs = self._same_inputs(data, tokenizer)
         with self.phase("model"):
             built = self._build_model(tokenizer, precision, data)
+        if (line := build.foreseen(self.config, built, loader, steps)) is not None:
+            self.tell(line)
         penalties = {penalty.name: penalty.fingerprint() for penalty in built.penalties}
         state = TrainState(built.model, built.optimizer, precision, self.hash, inputs, penalties)
         self._describe(data, loader, built)
@@ -216,6 +218,7 @@ class _Session:
                     "data.max_length, or give method.trigger=epoch"
                 )
             self.tell("no validation example: nothing is validated, and the last weights are the result")
+        build.check_metric(self.config, data)
         if not data.test and evaluation.test:
             self.tell("no test example: nothing is scored at the end")
         return tokenizer, data, loader
@@ -513,8 +516,10 @@ class _Session:
                 self.record.update(best=best)
                 best_step = counters.best_step
         for hook in run.hooks:
-            if isinstance(hook, Unfreezing) and (line := hook.unreached(state)) is not None:
-                self.tell(line)
+            if isinstance(hook, Unfreezing):
+                line = hook.unreached(counters.stage)
+                if line is not None and line not in self.warnings:  # it may have been foreseen
+                    self.tell(line)
             if isinstance(hook, Averaging):
                 result = hook.settle(state, best_step)
                 self.tell(result)

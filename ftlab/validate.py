@@ -18,6 +18,7 @@ from ftlab.assets import parse_location, resolve
 from ftlab.config import (
     Config,
     FilesDataConfig,
+    FreezeConfig,
     GradualUnfreezeConfig,
     HPODataConfig,
     LabelledDataConfig,
@@ -30,7 +31,7 @@ from ftlab.config import (
     makes_classifier,
 )
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.patterns import pattern_and_factor, pattern_numbers
+from ftlab.patterns import block_ranges, pattern_and_factor, pattern_numbers
 from ftlab.schema import suggestion
 
 __all__ = ["GENERATION_METRICS", "LABEL_METRICS", "LOSS_METRICS", "TEMPLATES", "validate"]
@@ -260,6 +261,8 @@ def check_method(config: Config) -> None:
             )
         if config.method.trigger == "stall" and not (config.evaluation.times or config.evaluation.every_steps):
             raise ConfigError("method.trigger: stall needs validation; give evaluation.every_steps or evaluation.times")
+    if isinstance(config.method, FreezeConfig) and config.method.layers is not None:
+        block_ranges(config.method.layers)
     for entry in config.method.rates:
         pattern_and_factor("method.rates", entry)
     if isinstance(config.method, LoRAConfig):

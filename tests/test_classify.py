@@ -290,3 +290,17 @@ def test_asked_as_a_conversation_it_is_a_language_model_run(tmp_path: Path) -> N
     answers = [json.loads(line) for line in (second / "predictions" / "final.jsonl").read_text().splitlines()]
     assert {answer["reference"] for answer in answers} <= {"cooking", "sport", "weather"}
     assert fisher.main([f"run={second}", "examples=4"]) == 0
+
+
+def test_a_metric_that_validation_cannot_settle_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, labels in (("train", "ab"), ("one", "a")):
+        rows = [json.dumps({"text": f"{name} {i}", "label": labels[i % len(labels)]}) + "\n" for i in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    words = ["data=labelled", f"data.train={tmp_path / 'train.jsonl'}", f"data.validation={tmp_path / 'one.jsonl'}"]
+    words += ["data.test_fraction=0", "method=full", "training.max_steps=2", f"run_dir={tmp_path / 'run'}"]
+    assert train.main([*TINY[1:3], *words, "checkpoint.metric=auroc"]) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint.metric: the 8 validation texts and their labels do not settle auroc; give others, or one" in said
+    assert train.main([*TINY[1:3], *words, "checkpoint.metric=accuracy"]) == 0

@@ -14,6 +14,7 @@ from ftlab.config import (
     Config,
     CosineConfig,
     FilesDataConfig,
+    FreezeConfig,
     FullConfig,
     GradualUnfreezeConfig,
     HPODataConfig,
@@ -109,6 +110,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         {"method": LinearProbeConfig(layer_decay=0.5)},
         "method.layer_decay: 0.5 sets the rates of blocks, and with method=linear_probe a head alone trains; leave it "
         "at 1, and give the head a rate of its own by method.rates",
+    ),
+    (
+        {"method": FreezeConfig(layers="-3")},
+        "method.layers: '-3' is not a block or a range of blocks, which are counted from 0 at the bottom",
     ),
     ({"regularizer__l2_sp__strength": -1.0}, "regularizer.l2_sp.strength: -1.0 is out of range"),
     ({"regularizer__label_smoothing": 1.0}, "regularizer.label_smoothing: 1.0 is out of range"),

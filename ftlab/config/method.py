@@ -44,7 +44,7 @@ class FreezeConfig(MethodConfig):
     frozen_fraction: float = option(2 / 3, "share of the blocks, from the lowest, that stay frozen", low=0, high=1)
     layers: str | None = option(None, "blocks that train, such as 20-29 or 0,5,28-; null: those above the frozen ones")
     train_embeddings: bool = option(False, "whether the token embedding (and a tied head) trains")
-    train_head: bool = option(True, "whether the last norm and a head of its own train")
+    train_head: bool = option(True, "whether the last norm and a language model's own head train")
     norms: str = option(
         "trained", "norms that train: of trained blocks, all, or none", choices=("trained", "all", "none")
     )

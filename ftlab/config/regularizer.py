@@ -41,7 +41,7 @@ class L2SPConfig:
 
 @dataclass
 class L1SPConfig:
-    """strength * ||theta - theta0||_1, which leaves most weights exactly pretrained (arXiv 1802.01483)."""
+    """strength * ||theta - theta0||_1, under which many weights stay near where they were (arXiv 1802.01483)."""
 
     strength: float = option(0.0, "lambda; 0 is bitwise the run without it", low=0)
 

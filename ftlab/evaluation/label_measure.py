@@ -24,7 +24,7 @@ from ftlab.models.generation import evaluating
 from ftlab.models.heads import Classifier
 from ftlab.models.labels import LabelSet
 
-__all__ = ["LabelMeasurer", "LabelPrediction"]
+__all__ = ["LabelMeasurer", "LabelPrediction", "measured_names"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class LabelPrediction(Prediction):
     def as_dict(self) -> dict[str, Any]:
         """A line of predictions/*.jsonl."""
         return asdict(self)
+
+
+def measured_names(examples: Sequence[Example], labels: LabelSet) -> set[str]:
+    """What these texts can measure, whatever is answered: auroc, for one, needs texts with and without a label."""
+    targets = np.array([e.target for e in examples if isinstance(e, LabelledExample)], dtype=np.float64)
+    answers = Answers(labels.kind, labels.names, np.zeros((len(targets), labels.size)), targets)
+    return {"loss", *score_labels(answers, bootstrap=1)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Gradual unfreezing: the uppermost blocks train first, lower ones join (Howard and Ruder 2018, arXiv 1801.06146).
 
-The method says who joins in which order; `ftlab.training.unfreezing` says when. Differs from the paper: a block that
-has joined trains on, at a rate that `layer_decay` sets, and the time between two stages is free.
+The method says who joins in which order; `ftlab.training.unfreezing` says when. Differs from the paper: blocks of a
+transformer for the layers of an LSTM, the time between two stages is free, and one schedule runs over all of them.
 """
 
 from __future__ import annotations

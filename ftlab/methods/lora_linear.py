@@ -91,6 +91,12 @@ class LoRALinear(nn.Linear):
                 f"{self.out_features} x {self.in_features}; lower it"
             )
         left, values, right = torch.linalg.svd(self.weight.double(), full_matrices=False)
+        if values[0] == 0:
+            raise ConfigError(
+                f"method.init: a layer of {self.out_features} x {self.in_features} is all zero, so pissa finds no "
+                "direction in it and A = B = 0 would never move; leave it out of method.targets, or give "
+                "method.init=default"
+            )
         root = (values[:rank] / self.scale).sqrt()
         self.lora_A.copy_(root[:, None] * right[:rank])
         self.lora_B.copy_(left[:, :rank] * root)
@@ -162,7 +168,9 @@ class LoRALinear(nn.Linear):
 
     def adapted(self) -> Adapted:
         """The tensors of this layer, as the fused operations take them."""
-        out_scale = None if self.lora_magnitude_vector is None else self.lora_magnitude_vector / self._norms()
+        out_scale = (
+            None if self.lora_magnitude_vector is None else self.lora_magnitude_vector / _positive(self._norms())
+        )
         return Adapted(self.weight, self.bias, self.lora_A, self.lora_B, self.scale, out_scale)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
@@ -217,7 +225,7 @@ class LoRALinear(nn.Linear):
                 return self.scale * (b @ a)
             base = self._base()
             moved = torch.addmm(base, b, a, alpha=self.scale)
-            factors: Tensor = self.lora_magnitude_vector / torch.linalg.vector_norm(moved, dim=1)
+            factors: Tensor = self.lora_magnitude_vector / _positive(torch.linalg.vector_norm(moved, dim=1))
             return factors[:, None] * moved - base
 
     def delta_squared_norm(self) -> Tensor:
@@ -316,6 +324,11 @@ def sample(weight: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """In fp32, or in fp64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _positive(norms: Tensor) -> Tensor:
+    """1 for 0: a row of zeros has no direction, and its m of 0 keeps it one."""
+    return norms.masked_fill(norms == 0, 1.0)
 
 
 def _squared(leaf: LoRALinear) -> Tensor:

@@ -7,7 +7,8 @@ weight, are stored in 8 bits with one fp32 scale for 256 of them.
     w ~ level[code] * (mean + scale * code_8)        4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight
 
 Differs from the paper: the 8 bits are signed integers, not 8-bit floats. What they store lies close together, so equal
-steps are the better ones: an error of at most 1/254 of the largest distance from the mean in 256 blocks.
+steps are the better ones: an error of at most 1/254 of the largest distance from the mean in 256 blocks. Where one of
+those blocks holds an outlier that is large against the other magnitudes; it then turns no sign, but costs precision.
 
 A product makes the rows of the weight again a million numbers at a time, in the forward and again in the backward pass;
 no dequantised copy outlives the product of its rows.
@@ -54,7 +55,10 @@ class NF4Weight(nn.Module):
         mean = largest.mean().view(1)
         apart = torch.nn.functional.pad(largest - mean, (0, -blocks % GROUP)).view(-1, GROUP)
         scales = apart.abs().amax(1) / 127
-        magnitudes = (apart / scales.clamp_min(torch.finfo().tiny)[:, None]).round().to(torch.int8)
+        steps = apart / scales.clamp_min(torch.finfo().tiny)[:, None]
+        # Beside an outlier half a step may be more than a magnitude, and a negative one would turn its block around.
+        lowest = (-mean / scales.clamp_min(torch.finfo().tiny)).ceil()[:, None]
+        magnitudes = steps.round().maximum(lowest).to(torch.int8)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("magnitudes", magnitudes.view(-1)[:blocks].clone(), persistent=False)
         self.register_buffer("scales", scales, persistent=False)

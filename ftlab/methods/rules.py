@@ -17,7 +17,7 @@ from ftlab.config import LoRAConfig, MethodConfig
 from ftlab.errors import ConfigError
 from ftlab.methods.trainable import Rule, TrainableTable
 from ftlab.models.heads import head_layers, head_parameters
-from ftlab.patterns import pattern_and_factor
+from ftlab.patterns import block_ranges, pattern_and_factor
 
 __all__ = [
     "Choice",
@@ -60,16 +60,15 @@ def num_blocks(model: nn.Module) -> int:
 
 
 def block_numbers(text: str, total: int) -> frozenset[int]:
-    """ "20-29", "0,5,28-" or "-3" -> the numbers of the blocks. Errors: ConfigError if it names none of `total`."""
+    """ "20-29" or "0,5,28-" -> the numbers of the blocks. Errors: ConfigError if it names none of `total`."""
     chosen: set[int] = set()
-    for part in text.replace(" ", "").split(","):
-        found = re.fullmatch(r"(\d*)(-?)(\d*)", part)
-        if found is None or not part or part == "-":
-            raise ConfigError(f"method.layers: {part!r} is not a block or a range of blocks; give for example 20-29")
-        first = int(found.group(1) or 0)
-        last = first if not found.group(2) else int(found.group(3) or total - 1)
+    for first, given in block_ranges(text):
+        last = total - 1 if given is None else given
         if first > last or last >= total:
-            raise ConfigError(f"method.layers: {part!r} lies outside the model's {total} blocks, 0 to {total - 1}")
+            raise ConfigError(
+                f"method.layers: {first}-{'' if given is None else last} is no range of the model's {total} blocks, "
+                f"0 to {total - 1}"
+            )
         chosen.update(range(first, last + 1))
     return frozenset(chosen)
 

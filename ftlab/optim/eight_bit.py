@@ -2,9 +2,10 @@
 
     m = a q |q| / 127^2,  q in -127 .. 127        v = a (q / 255)^4,  q in 0 .. 255
 
-with one scale a for 256 numbers, rounded at random so that it is right in the mean: format and step are those of
-`ftlab_kernels.adamw`, whose Triton kernel does the same in one pass on a GPU. 2.03 bytes a parameter instead of 8. What
-is rounded at random follows from the step and the parameter's place alone, so a resumed run draws the same.
+with one scale a for 256 numbers, rounded at random so that it is right in the mean (but a v above 0 never becomes 0):
+format and step are those of `ftlab_kernels.adamw`, whose Triton kernel does the same in one pass on a GPU. 2.03 bytes a
+parameter instead of 8. What is rounded at random follows from the step and the parameter's place alone, so a resumed
+run draws the same.
 """
 
 from __future__ import annotations

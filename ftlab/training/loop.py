@@ -267,12 +267,14 @@ def _log(state: TrainState, run: Fit, result: StepResult) -> None:
         return
     now = time.monotonic()
     device = run.replica.ranks.device
+    whole = result.grad_norm
+    shares = result.penalty_norms if whole != 0 else {}  # 0: dropout may leave nothing to learn from
     values: dict[str, Any] = {
         "loss": counters.window_nats / counters.window_supervised if counters.window_supervised else float("nan"),
         "lr": state.optimizer.param_groups[0]["lr"],
-        "grad_norm": result.grad_norm,
+        "grad_norm": whole,
         **{f"penalty/{name}": value for name, value in result.penalties.items()},
-        **{f"penalty_share/{name}": norm / result.grad_norm for name, norm in result.penalty_norms.items()},
+        **{f"penalty_share/{name}": norm / whole for name, norm in shares.items()},
         **{name: total / counters.window_supervised for name, total in counters.window_noted.items()},
         **{name: value for hook in run.hooks for name, value in hook.scalars(state).items()},
         "tokens": counters.tokens,

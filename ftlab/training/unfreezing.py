@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ftlab.config import GradualUnfreezeConfig
+from ftlab.data.loader import RowLoader
 from ftlab.methods.rules import block_of
 from ftlab.training.hooks import Hook
 from ftlab.training.loop import Fit
@@ -57,9 +58,22 @@ class Unfreezing(Hook):
         if self.config.trigger == "stall":
             state.counters.stalled = 0 if better else state.counters.stalled + 1
 
-    def unreached(self, state: TrainState) -> str | None:
-        """At the end of a run: what never trained, as its stage never came, and what to do; None if every one came."""
-        stage, config = state.counters.stage, self.config
+    def foreseen(self, steps: int, loader: RowLoader) -> str | None:
+        """`unreached` of a run of so many steps, before its first; None for a stall, which nobody foresees."""
+        if self.config.trigger == "stall":
+            return None
+        place = steps - 1
+        if self.config.trigger == "epoch":
+            epoch, done = 0, loader.steps_in_epoch(0)
+            while done < steps:
+                epoch += 1
+                done += loader.steps_in_epoch(epoch)
+            place = epoch
+        return self.unreached(place // self.config.every)
+
+    def unreached(self, stage: int) -> str | None:
+        """What never trains in a run that ends in a stage, and what to do; None in the last one."""
+        config = self.config
         if stage >= len(self.stages) - 1:
             return None
         names = [name for later in self.stages[stage + 1 :] for name in later]
@@ -72,8 +86,8 @@ class Unfreezing(Hook):
             parts.append("the embedding")
         sooner = f", lower method.every={config.every}" if config.every > 1 else ""
         return (
-            f"gradual unfreezing ended at stage {stage + 1} of {len(self.stages)}: {' and '.join(parts)} never trained"
-            f"; train longer (training.epochs, training.max_steps){sooner} or raise method.blocks={config.blocks}"
+            f"gradual unfreezing ends at stage {stage + 1} of {len(self.stages)} and leaves {' and '.join(parts)} "
+            f"frozen; train longer (training.epochs, training.max_steps){sooner} or raise method.blocks={config.blocks}"
         )
 
     def enter(self, model: nn.Module, stage: int) -> None:

@@ -94,6 +94,13 @@ def test_the_error_is_below_half_the_widest_gap() -> None:
     assert 8 * packed.nbytes / weight.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=1e-3)
 
 
+@pytest.mark.parametrize("outlier", [1.0, 3.0, 5.0, 8.0, 20.0])
+def test_an_outlier_turns_no_sign_of_the_blocks_beside_it(outlier: float) -> None:
+    weight = drawn(64, 256, scale=0.01)
+    weight[0, 0] = outlier
+    assert bool((NF4Weight(weight).dequantise() * weight >= 0).all())
+
+
 @pytest.mark.parametrize("at_once", [64, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])

@@ -81,6 +81,31 @@ def test_pissa_of_too_high_a_rank_is_refused() -> None:
         leaf.take_principal()
 
 
+def test_pissa_of_zeros_is_refused() -> None:
+    base, leaf = layer()
+    nn.init.zeros_(base.weight)
+    with pytest.raises(ConfigError, match="a layer of 20 x 12 is all zero"):
+        leaf.take_principal()
+
+
+def test_a_row_of_zeros_stays_one_under_dora() -> None:
+    base, leaf = layer()
+    base.weight.data[3] = 0
+    x = torch.randn(5, 12)
+    expected = base(x)
+    leaf.add_magnitude()
+    assert torch.equal(leaf(x), expected)
+    optimizer = torch.optim.AdamW(leaf.adapter_parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (leaf(x).square().sum() + leaf.delta_squared_norm()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in leaf.adapter_parameters())
+        optimizer.step()
+    moved = (leaf.delta_weight() != 0).any(1)
+    assert not moved[3]
+    assert moved.sum() == 19
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_dora_is_the_paper_s_equation_with_a_detached_norm(bias: bool) -> None:
     base, leaf = layer(bias=bias)

@@ -207,6 +207,18 @@ def test_the_share_of_a_penaltys_gradient(tmp_path: Path) -> None:
     assert often[0]["penalty_share/squares"] * often[0]["grad_norm"] == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_penalty_has_no_share_of_no_gradient(tmp_path: Path) -> None:
+    state, run = lora_fit(tmp_path, total_steps=2, dropout=0.0)
+    run.penalties = [SumOfSquares()]
+    run.limits = type(run.limits)(2, frozenset(), 1, 5, None)
+    for parameter in state.model.parameters():
+        parameter.data.zero_()
+    fit(state, run)
+    lines = [line for line in run.tracker.lines if line.get("split") == "train"]  # type: ignore[attr-defined]
+    assert [line["grad_norm"] for line in lines] == [0, 0]
+    assert all("penalty/squares" in line and "penalty_share/squares" not in line for line in lines)
+
+
 def noting(folder: Path, seen: list[Any]) -> tuple[Any, Any]:
     """A run with a line every three steps, whose objective notes twice its loss."""
 

@@ -149,12 +149,13 @@ def test_what_never_trained_is_said(
     assert isinstance(hook, Unfreezing)
     still = {name for name, weight in weights(state).items() if torch.equal(weight, start[name])}
     still -= set() if config.train_embeddings else {"model.embed_tokens.weight"}
-    line = hook.unreached(state)
+    line = hook.unreached(state.counters.stage)
+    assert hook.foreseen(STEPS, run.loader) == (None if config.trigger == "stall" else line)
     assert (line is None) == (never is None) == (not still)
     if line is not None:
         sooner = f", lower method.every={config.every}"
         assert line == (
-            f"gradual unfreezing ended at stage {stage}: {never} never trained; train longer (training.epochs, "
+            f"gradual unfreezing ends at stage {stage} and leaves {never} frozen; train longer (training.epochs, "
             f"training.max_steps){sooner} or raise method.blocks=1"
         )
 
@@ -195,7 +196,7 @@ def test_the_command_says_once_that_the_last_stage_never_came(
     assert train(*compose(words)) == 0
     [told] = [line for line in capsys.readouterr().out.splitlines() if "unfreezing" in line]
     assert told == (
-        "gradual unfreezing ended at stage 1 of 2: block 0 never trained; train longer (training.epochs, "
+        "gradual unfreezing ends at stage 1 of 2 and leaves block 0 frozen; train longer (training.epochs, "
         "training.max_steps) or raise method.blocks=1"
     )
     assert told in json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["warnings"]
