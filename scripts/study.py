@@ -224,7 +224,7 @@ def interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, f
 def table(rows: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[str]:
     """One group's lines; the first row is what the others are held against."""
     main_score, second, loss = scores
-    label = {"accuracy": "accuracy, %", "macro_f1": "macro F1, %", "exact_match": "exact match, %"}
+    label = {"accuracy": "accuracy, %", "ece": "ECE, %", "exact_match": "exact match, %"}
     label |= {"token_f1": "token F1, %"}
     reference = [run["scores"][main_score] for run in rows[0]["runs"]]
     against_first = f"{label[main_score]} | against `{rows[0]['name']}`"

@@ -64,7 +64,7 @@ MINILM = (
     "method.rates=[classifier:5]",
 )
 ORGAN = ("data=hpo_organ", "data.batch_size=32", "data.micro_batch_size=32")
-CLASSIFIER_SCORES = ("accuracy", "macro_f1", "loss")
+CLASSIFIER_SCORES = ("accuracy", "ece", "loss")
 WEIGHT_RATES = _rates("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 
 EIGHT = "8 labels a class"

@@ -45,7 +45,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> Non
 
 def run_record(loss: float, accuracy: float) -> dict[str, Any]:
     """What a run of these would leave in run.json."""
-    names = ("accuracy", "macro_f1", "loss", "exact_match", "token_f1")
+    names = ("accuracy", "ece", "loss", "exact_match", "token_f1")
     return {
         **SIDES,
         "status": "finished",
@@ -116,7 +116,7 @@ def plan(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
         study.Entry("g", "same rate", ("method=full",), rate_of="BitFit"),
     )
     made = study.Study(
-        "T", "toy task", ("Text.",), ("model=minilm",), entries, ("accuracy", "macro_f1", "loss"), (("g", ()),)
+        "T", "toy task", ("Text.",), ("model=minilm",), entries, ("accuracy", "ece", "loss"), (("g", ()),)
     )
     monkeypatch.setitem(study.STUDIES, "toy", made)
     return made
