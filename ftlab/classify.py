@@ -70,6 +70,12 @@ def classifier(
         raise ConfigError(f"head.pooling: {pooling} reads the first token, but this tokenizer starts no text; use mean")
     head = Head(labels, pooling, config.training.seed)
     if isinstance(base, BertModel):
+        data, positions = config.data, base.config.max_position_embeddings
+        if data.pad_rows and data.row_length > positions:
+            raise ConfigError(
+                f"data.row_length: data.pad_rows=true pads to {data.row_length} tokens, and the encoder has "
+                f"{positions} positions; lower it"
+            )
         return _with_read_head(config, BertClassifier(base, head))
     p = config.regularizer.dropout.attention
     if p > 0 and config.kernels in ("native", "triton"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ftlab.arguments import can_be_written, guarded, parse
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.files import one_place
 
 if TYPE_CHECKING:
     from ftlab.methods.adapters import Adapter
@@ -39,7 +40,7 @@ def _run(argv: list[str]) -> int:
     if words:
         raise ConfigError(f"{words[0]}: not a setting; {_USAGE}")
     names = _listed(arguments.adapters)
-    if len(names) < 2 or len(set(names)) < len(names):
+    if len(names) < 2 or one_place(names):
         raise ConfigError(f"adapters={arguments.adapters}: give at least two folders, each once, as [runs/a,runs/b]")
     weights = _weights(arguments.weights, len(names))
     if arguments.split not in ("train", "validation", "test"):
@@ -47,10 +48,13 @@ def _run(argv: list[str]) -> int:
     if Path(arguments.out).exists():
         raise ConfigError(f"out={arguments.out} exists already; give a new folder")
     can_be_written("out", arguments.out)
+    folders = [_folder(name) for name in names]
+    if twice := one_place(folders):  # a run and the adapter in it
+        raise ConfigError(f"adapters={arguments.adapters}: {twice[0]} is named twice; name each adapter once")
 
     from ftlab.methods.adapters import combined, read_adapter, write_adapter
 
-    adapters = {name: read_adapter(_folder(name)) for name in names}
+    adapters = {name: read_adapter(folder) for name, folder in zip(names, folders, strict=True)}
     total = combined(list(adapters.values()), weights)
     if any(adapter.sample is None for adapter in adapters.values()):
         bases = sorted({adapter.base for adapter in adapters.values()})

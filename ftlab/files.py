@@ -7,11 +7,11 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_directory", "atomic_path", "atomic_write", "sha256_bytes", "sha256_file"]
+__all__ = ["atomic_directory", "atomic_path", "atomic_write", "one_place", "sha256_bytes", "sha256_file"]
 
 READ_BYTES = 1 << 20
 
@@ -109,6 +109,17 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise
     fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def one_place(paths: Iterable[str | Path]) -> tuple[str, str] | None:
+    """The first two paths that lead to one place, however they are spelt; None: each leads to its own."""
+    seen: dict[Path, str] = {}
+    for path in paths:
+        first = seen.get(place := Path(path).resolve())
+        if first is not None:
+            return first, str(path)
+        seen[place] = str(path)
+    return None
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftlab.arguments import at_least_one, guarded, parse
+from ftlab.config.options import LARGEST_SEED
 from ftlab.errors import ConfigError, FtlabError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from ftlab.config import Config
     from ftlab.data.loader import Batch
     from ftlab.data.tokenization import Example
     from ftlab.open_run import OpenRun
@@ -59,6 +59,8 @@ def _run(argv: list[str]) -> int:
     if arguments.decay is not None and not 0 < arguments.decay <= 1:
         raise ConfigError(f"decay={arguments.decay}: give a number above 0 and up to 1")
     at_least_one(examples=arguments.examples)
+    if not 0 <= arguments.seed <= LARGEST_SEED:
+        raise ConfigError(f"seed={arguments.seed}: give a whole number from 0 to {LARGEST_SEED}")
 
     from ftlab.data.loader import permutation
     from ftlab.losses.fisher import FILE, FisherFacts, diagonal_fisher, save_fisher
@@ -68,7 +70,9 @@ def _run(argv: list[str]) -> int:
     from ftlab.training.progress import Progress
 
     config, _ = read_config(Path(arguments.run))
-    if arguments.decay is not None and not config.regularizer.ewc.source:
+    ewc = config.regularizer.ewc
+    earlier = ewc.source if ewc.strength > 0 else []
+    if arguments.decay is not None and not earlier:
         raise ConfigError(
             f"decay={arguments.decay}: the run in {arguments.run} was held to no earlier task (regularizer.ewc)"
         )
@@ -95,7 +99,7 @@ def _run(argv: list[str]) -> int:
         progress.close()
         tasks = 1
         if arguments.decay is not None:
-            fisher, tasks = _with_earlier(fisher, arguments.decay, config, model)
+            fisher, tasks = _with_earlier(fisher, arguments.decay, earlier, model)
         facts = FisherFacts(arguments.kind, len(order), arguments.seed, tasks, head_facts(model))
         path = Path(arguments.run) / FILE
         save_fisher(path, fisher, {name: model.get_parameter(name) for name in fisher}, facts)
@@ -135,9 +139,9 @@ def _moved(opened: OpenRun) -> list[str]:
 
 
 def _with_earlier(
-    fisher: dict[str, Tensor], decay: float, config: Config, model: nn.Module
+    fisher: dict[str, Tensor], decay: float, sources: Sequence[str], model: nn.Module
 ) -> tuple[dict[str, Tensor], int]:
-    """decay * F of the run's own sources + F (online EWC, Schwarz et al. 2018, arXiv 1805.06370, equation 9).
+    """decay * F of the runs that it was held to + F (online EWC, Schwarz et al. 2018, arXiv 1805.06370, equation 9).
 
     A weight that only an earlier run moved keeps decay * F: later runs name this one alone, and that task needs it. The
     head of another task is not this model's, and is left out. model: plain, as `fisher` was measured on.
@@ -149,7 +153,7 @@ def _with_earlier(
 
     tasks = 1
     parameters = dict(model.named_parameters())
-    for source in config.regularizer.ewc.source:
+    for source in sources:
         earlier: Mapping[str, Tensor]
         earlier, _, facts = read_fisher(Path(source) / FILE)
         tasks += facts.tasks

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftlab.arguments import can_be_written, guarded, parse
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.files import one_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,6 +72,8 @@ def _run(argv: list[str]) -> int:
     runs = _listed(arguments.runs)
     if not runs:
         raise ConfigError(f"runs={arguments.runs}: it names no run; {_USAGE}")
+    if twice := one_place(runs):
+        raise ConfigError(f"runs={arguments.runs}: {twice[0]} and {twice[1]} are one run; name each once")
     if arguments.kind not in ("uniform", "greedy"):
         raise ConfigError(f"kind={arguments.kind}: give uniform or greedy")
     if not 0 <= arguments.alpha <= 1:

@@ -31,6 +31,7 @@ from ftlab.config import (
     makes_classifier,
 )
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.files import one_place
 from ftlab.patterns import block_ranges, pattern_and_factor, pattern_numbers
 from ftlab.schema import suggestion
 
@@ -218,6 +219,8 @@ def check_labelled(config: Config, data: LabelledDataConfig) -> None:
         raise ConfigError("data.instruction: it is empty; give a text, or null for a classifier")
     if data.labels != "single" and data.source not in ("files", "hpo_organ"):
         raise ConfigError(f"data.labels: each record of source={data.source} has one label; give single")
+    if data.labels == "multi" and not data.separator:
+        raise ConfigError("data.separator: it is empty; give what stands between the labels of a CSV cell, as |")
     if data.labels == "regression":
         if data.instruction is not None:
             raise ConfigError("data.instruction: a number is no answer to learn as text; set it to null")
@@ -353,8 +356,8 @@ def check_earlier_runs(config: Config) -> None:
         key = f"regularizer.{name}.source"
         if not sources:
             raise ConfigError(f"{key}: it names no earlier run; give '{key}=[runs/...]', or {zero} 0")
-        if len(set(sources)) < len(sources):
-            raise ConfigError(f"{key}: it names a run twice; name each once")
+        if twice := one_place(sources):
+            raise ConfigError(f"{key}: it names a run twice, {twice[0]} and {twice[1]}; name each once")
         for source in sources:
             if not (Path(source) / "run.json").exists():
                 raise ConfigError(f"{key}: {source} is not a run folder: it has no run.json")

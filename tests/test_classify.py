@@ -122,6 +122,21 @@ def test_the_other_kinds_of_label(labels: str, tmp_path: Path) -> None:
     assert evaluate.main([f"run={tmp_path / 'run'}"]) == 0
 
 
+def test_texts_as_long_as_the_encoder_has_positions(tmp_path: Path) -> None:
+    """Batches are padded to a multiple, in training and in evaluation, and the positions are none."""
+    rows = [{"text": f"{i:02}".ljust(60 if i % 2 else 3, "x"), "label": "ab"[i % 2]} for i in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data=labelled", f"data.train={path}", "method=full", "training.max_steps=2"]
+    found = []
+    for positions in (61, 64):
+        record = trained(tmp_path / f"{positions}", *data, f"model.max_positions={positions}", "data.max_length=61")
+        found.append(record["data"]["train_tokens"])
+    assert found[0] == found[1] > 0
+    assert fisher.main([f"run={tmp_path / '61'}", "examples=4"]) == 0
+    assert evaluate.main([f"run={tmp_path / '61'}"]) == 0
+
+
 def test_r_drop_is_part_of_what_a_classifier_learns(tmp_path: Path) -> None:
     words = ("method=full", "training.max_steps=1", "regularizer.dropout.residual=0.1", "evaluation.times=1")
     losses = []
@@ -224,6 +239,10 @@ def test_commands_that_need_text_refuse(finished: Path, capsys: pytest.CaptureFi
         (["data=hpo_organ", "data.labels=regression"], "organ systems are no numbers"),
         (["head.pooling=cls"], "head.pooling: cls reads the first token, but this tokenizer starts no text"),
         (["model.max_positions=8"], "tokens, but the encoder has 8 positions"),
+        (
+            ["data.pad_rows=true", "data.row_length=520"],
+            "data.row_length: data.pad_rows=true pads to 520 tokens, and the encoder has 512 positions; lower it",
+        ),
         (["method=lora"], "method.targets: 'q_proj' matches no layer"),
         (["data.max_length=16"], "over data.max_length=16"),
     ],

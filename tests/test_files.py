@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlab.files import atomic_directory, atomic_path, atomic_write, sha256_bytes, sha256_file
+from ftlab.files import atomic_directory, atomic_path, atomic_write, one_place, sha256_bytes, sha256_file
 
 
 def names(folder: Path) -> list[str]:
@@ -118,3 +118,12 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest
         other.write_text("other")
     assert path.read_text() == "one"  # whose block ended last
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_two_spellings_of_one_place_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r" / "a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("r")
+    assert one_place(["r/a", "r/b", "r"]) is None
+    for other in ("r/a", "r/a/", "./r/a", "r/../r/a", "link/a", str(tmp_path / "r" / "a")):
+        assert one_place(["r/b", "r/a", other]) == ("r/a", other)

@@ -128,6 +128,8 @@ def test_what_cannot_be_replayed_is_refused(first: Path, tmp_path: Path) -> None
         (["regularizer=replay"], "names no earlier run"),
         (["regularizer=replay", "regularizer.replay.source=[absent]"], "not a run folder"),
         (["regularizer=replay", "regularizer.replay.source=[FIRST,FIRST]"], "names a run twice"),
+        (["regularizer=replay", "regularizer.replay.source=[FIRST,FIRST/]"], r"replay\.source: it names a run twice"),
+        (["regularizer=ewc", "regularizer.ewc.source=[FIRST/../first,FIRST]"], r"ewc\.source: it names a run twice"),
         (["regularizer.replay.share=1"], "less than 1"),
     ],
 )

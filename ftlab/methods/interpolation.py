@@ -11,10 +11,13 @@ The weights of a LoRA run are W + s B A: a mean of those is linear in the runs, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from ftlab.errors import FtlabError
 
 __all__ = ["Soup", "greedy_soup", "interpolated", "normalised"]
 
@@ -53,9 +56,15 @@ def greedy_soup(
     """The greedy soup of models numbered as in `losses`, which are those of each by itself.
 
     Returns the soup, the numbers of the models in it in the order in which they were taken, and its loss.
+
+    Errors: FtlabError if none of the losses is finite.
     """
-    order = sorted(range(len(losses)), key=lambda number: losses[number])
-    taken, best = order[:1], losses[order[0]]
+    # NaN compares as neither smaller nor larger, so it would stay wherever it stands.
+    own = [math.inf if math.isnan(loss) else loss for loss in losses]
+    order = sorted(range(len(own)), key=own.__getitem__)
+    taken, best = order[:1], own[order[0]]
+    if not math.isfinite(best):
+        raise FtlabError("kind=greedy: no run has a finite validation loss, so there is none to begin with")
     soup = Soup().with_one(state_of(order[0]))
     for number in order[1:]:
         candidate = soup.with_one(state_of(number))

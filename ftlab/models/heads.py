@@ -179,9 +179,14 @@ class BertClassifier(_HeadMixin, nn.Module):
         return self._hf_head(self.config.to_hf(dtype))
 
     def forward(self, batch: TextBatch) -> Tensor:
-        """[E, C]."""
-        h_ETD = self.bert(batch.input_ids, batch.mask, batch.token_types)
-        return self._logits(h_ETD, batch.mask, self.bert.pooler, self.classifier)
+        """[E, C]. Padding beyond the encoder's positions is cut off; a text that long is an error."""
+        ids_ET, mask_ET, types_ET = batch.input_ids, batch.mask, batch.token_types
+        positions = self.config.max_position_embeddings
+        # Rows are padded to a multiple, which positions need not be.
+        if ids_ET.shape[1] > positions and not mask_ET[:, positions:].any():
+            ids_ET, mask_ET, types_ET = (part[:, :positions] for part in (ids_ET, mask_ET, types_ET))
+        h_ETD = self.bert(ids_ET, mask_ET, types_ET)
+        return self._logits(h_ETD, mask_ET, self.bert.pooler, self.classifier)
 
 
 class LlamaClassifier(_HeadMixin, LlamaForCausalLM):

@@ -25,7 +25,8 @@ def label_text(label: Label) -> str:
     """A label as a person reads it."""
     if isinstance(label, tuple):
         return ", ".join(sorted(label)) or "(none)"
-    return label if isinstance(label, str) else f"{label:g}"
+    # All digits, so that a number in a file is the number that was read or predicted.
+    return label if isinstance(label, str) else repr(float(label)).removesuffix(".0")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class LabelSet:
     def predicted(self, scores: Sequence[float]) -> str:
         """The answer behind one text's probabilities (the likeliest label, or all from 1/2 on) or number."""
         if self.kind == "regression":
-            return label_text(scores[0])
+            return label_text(float(f"{scores[0]:.7g}"))  # as many digits as fp32 has
         if self.kind == "multi":
             return label_text(tuple(name for name, score in zip(self.names, scores, strict=True) if score >= 0.5))
         return self.names[max(range(self.size), key=lambda index: scores[index])]

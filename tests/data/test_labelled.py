@@ -125,6 +125,39 @@ def test_texts_that_are_equal_stay_together(tmp_path: Path) -> None:
         load_labelled(config(train=rows_file(tmp_path, rows), test=test))
 
 
+def test_a_text_stays_together_whatever_its_pair_is(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"Text {i // 3}{'!' * (i % 3)}", "text_pair": f"pair {i}", "label": "ab"[i % 2]} for i in range(150)
+    ]
+    rows += [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(50)]  # and one without a second text
+    splits, _, _ = load_labelled(config(train=rows_file(tmp_path, rows)))
+    sides = [{record.group for record in side} for side in (splits.train, splits.validation, splits.test)]
+    assert all(sides)
+    assert sum(len(side) for side in sides) == len(set.union(*sides)) == 50
+    test = rows_file(tmp_path, [{"text": "text 7", "text_pair": "another", "label": "a"}], "test.jsonl")
+    assert len(load_labelled(config(train=rows_file(tmp_path, rows), test=test))[0].test) == 1  # as the user divided
+    test = rows_file(tmp_path, [{"text": "text 7", "text_pair": "Pair 21", "label": "a"}], "test.jsonl")
+    with pytest.raises(FtlabError, match="same prompt"):
+        load_labelled(config(train=rows_file(tmp_path, rows), test=test))
+
+
+def test_a_text_that_all_records_share_keeps_none_together(tmp_path: Path) -> None:
+    rows = [{"text": "Is it so?", "text_pair": f"Fact {i}.", "label": "ab"[i % 2]} for i in range(60)]
+    splits, _, _ = load_labelled(config(train=rows_file(tmp_path, rows)))
+    assert len(splits.train) > 40
+    assert splits.validation
+    assert splits.test
+
+
+def test_the_text_alone_names_no_group(tmp_path: Path) -> None:
+    """Else records without a text in common would change sides."""
+    rows = [{"text": "One", "text_pair": "two", "label": "a"}, {"text": "Three", "label": "b"}]
+    rows.append({"text": "Four", "label": "b", "group": "g"})
+    fractions = {"validation_fraction": 0.0, "test_fraction": 0.0}
+    splits, _, _ = load_labelled(config(train=rows_file(tmp_path, rows), **fractions))
+    assert [record.group for record in splits.train] == ["prompt:one two", "prompt:three", "group:g"]
+
+
 def test_the_labels_are_those_of_training_whatever_is_limited(tmp_path: Path) -> None:
     location = rows_file(tmp_path, many())
     splits, _, labels = load_labelled(config(train=location, limit_train=1))

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal
 
 from ftlab import fisher as command
-from ftlab.compose import compose
 from ftlab.config import EWCConfig, FullConfig, LoRAConfig, MethodConfig
 from ftlab.errors import FtlabError
 from ftlab.losses.ewc import EWC
@@ -190,11 +189,10 @@ def test_between_a_language_model_and_a_classifier_the_decoder_is_held(tmp_path:
 
 
 def test_online_ewc_leaves_another_tasks_head_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config, _ = compose(["data=topics", "model=tiny_bert_random"])
-    config.regularizer.ewc.source = [saved(tmp_path / "first", tiny_bert_classifier())]
+    sources = [saved(tmp_path / "first", tiny_bert_classifier())]
     earlier, _, _ = read_fisher(tmp_path / "first" / FILE)
     for labels, kept in ((LABELS, True), (OTHER, False)):
-        found, tasks = command._with_earlier({WEIGHT: torch.ones(3, 32)}, 0.5, config, tiny_bert_classifier(labels))
+        found, tasks = command._with_earlier({WEIGHT: torch.ones(3, 32)}, 0.5, sources, tiny_bert_classifier(labels))
         assert tasks == 2
         assert found.keys() == earlier.keys()
         expected = 1 + 0.5 * earlier[WEIGHT].float() if kept else torch.ones(3, 32)

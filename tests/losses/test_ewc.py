@@ -294,11 +294,9 @@ def test_online_ewc_keeps_what_only_an_earlier_run_moved(tmp_path: Path) -> None
 
 
 def test_online_ewc_refuses_another_model(tmp_path: Path) -> None:
-    config, _ = compose(["+experiment=full_tiny"])
-    config.regularizer.ewc.source = [str(tmp_path)]
     save_fisher(tmp_path / FILE, {"x": torch.ones(2)}, {"x": torch.ones(2)}, FisherFacts("true", 1, 0))
     with pytest.raises(FtlabError, match=r"another model \(x \[2\] is not here\)"):
-        command._with_earlier({}, 0.5, config, tiny_llama())
+        command._with_earlier({}, 0.5, [str(tmp_path)], tiny_llama())
 
 
 @pytest.mark.parametrize(
@@ -308,6 +306,8 @@ def test_online_ewc_refuses_another_model(tmp_path: Path) -> None:
         (["examples=0"], "examples"),
         (["decay=2"], "above 0 and up to 1"),
         (["decay=0.5"], "held to no earlier task"),
+        (["seed=-1"], "seed=-1: give a whole number from 0 to 9223372036854775807"),
+        (["seed=100000000000000000000"], "seed=100000000000000000000: give a whole number from 0"),
         (["example=3"], "example"),
     ],
 )
@@ -315,7 +315,7 @@ def test_the_command_refuses(
     words: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if words == ["decay=0.5"]:
-        run(tmp_path / "run")
+        run(tmp_path / "run", "regularizer.ewc.strength=0", "regularizer.ewc.source=[absent]")  # held to nothing
     assert command.main([f"run={tmp_path / 'run'}", *words]) != 0
     assert complaint in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} <= {"run"}

@@ -189,6 +189,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ([folders, f"out={tmp_path / 'sum'}"], "exists already"),
         ([folders, f"out={tmp_path / 'new'}", "weights=[1]"], "give 2 numbers"),
         ([f"adapters=[{tmp_path / '0'}]", f"out={tmp_path / 'new'}"], "at least two folders"),
+        ([f"adapters=[{tmp_path / '0'},{tmp_path / '0'}/]", f"out={tmp_path / 'new'}"], "each once"),
+        (
+            [f"adapters=[{tmp_path / '0'},{tmp_path / '0/adapter'}]", f"out={tmp_path / 'new'}"],
+            "0/adapter is named twice",
+        ),
         ([f"adapters=[{tmp_path},{tmp_path / '0'}]", f"out={tmp_path / 'new'}"], "has no adapter"),
     ]:
         assert combine.main(wrong) != 0

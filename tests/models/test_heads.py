@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from ftlab.data.labelled import LabelledExample
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.losses.classification import classification_loss
 from ftlab.models.bert import load_bert
@@ -126,6 +127,19 @@ def test_the_head_is_drawn_by_its_seed_alone() -> None:
     assert torch.equal(one.classifier.weight, again.classifier.weight)
     assert not torch.equal(one.classifier.weight, two.classifier.weight)
     assert not one.classifier.bias.any()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "pooler"])
+def test_padding_beyond_the_positions_is_cut_off(pooling: str) -> None:
+    """Rows are padded to a multiple, which the 40 positions need not be; tokens there are an error."""
+    model = tiny_bert_classifier(pooling=pooling).eval()
+    whole = LabelledExample("long", [2] * 40, [False] * 40, False, [0] * 40, 1)
+    wide, narrow = (batch_of([*texts(), whole], multiple=multiple) for multiple in (16, 1))
+    assert (wide.input_ids.shape[1], narrow.input_ids.shape[1]) == (48, 40)
+    assert torch.equal(model(wide), model(narrow))
+    longer = LabelledExample("longer", [2] * 41, [False] * 41, False, [0] * 41, 1)
+    with pytest.raises(FtlabError, match="the encoder has 40 positions"):
+        model(batch_of([longer], multiple=16))
 
 
 def test_poolings_that_cannot_be_are_refused() -> None:
@@ -295,4 +309,9 @@ def test_answers_as_text() -> None:
     assert LABELS.predicted([0.1, 0.7, 0.2]) == "kidney"
     assert LabelSet("multi", LABELS.names).predicted([0.5, 0.49, 0.9]) == "heart, skin"
     assert LabelSet("multi", LABELS.names).predicted([0.1, 0.2, 0.3]) == label_text(()) == "(none)"
-    assert LabelSet("regression", ()).predicted([2.5]) == label_text(2.5) == "2.5"
+    number = LabelSet("regression", ())
+    assert number.predicted([2.5]) == label_text(2.5) == "2.5"
+    written = {1234567.0: "1234567", 0.1234567891: "0.1234567891", 2.0: "2", -3.0: "-3", 1e-7: "1e-07", 1e30: "1e+30"}
+    assert {value: label_text(value) for value in written} == written
+    assert number.predicted([float(torch.tensor(0.1))]) == "0.1", "no more digits than fp32 has"
+    assert number.predicted([1234567.0]) == "1234567"

@@ -7,7 +7,9 @@ A row has a text, perhaps a second one, and a label; the names of these fields a
     {"text": "...", "label": 3.5}                               labels=regression
 
 with optional `id` and `group`. A ``.csv`` or ``.tsv`` file has a header line; the labels of a cell are separated by
-``data.separator`` (labels=multi). Records with the same text, or with one `group`, are never on two sides of a split.
+``data.separator`` (labels=multi). Records with the same text, whatever their second one, or with one `group`, are
+never on two sides of a split that is made here. Files that are named for sides may share a text whose second ones
+differ, as published splits of pairs do, but no record's text and second text, and no `group`.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ftlab.assets import describe, resolve
 from ftlab.config import LabelledDataConfig
-from ftlab.data.labelled import labelled_record
+from ftlab.data.labelled import LabelledRecord, labelled_record
 from ftlab.data.records import Record, SourceInfo, Splits
 from ftlab.data.sources.files import (
     RowError,
@@ -37,7 +39,7 @@ from ftlab.data.sources.files import (
     source_info,
     text_of,
 )
-from ftlab.data.splits import connect_groups, split_records
+from ftlab.data.splits import connect_groups, normalize_phrase, split_records
 from ftlab.errors import FtlabError
 from ftlab.models.labels import Label
 
@@ -53,12 +55,26 @@ def load_labelled_files(config: LabelledDataConfig) -> tuple[Splits, SourceInfo]
     seen: dict[str, str] = {}
     read = {side: read_labelled(resolve(location), config, side, seen) for side, location in named.items()}
     refuse_overlap(read, named)
-    groups = connect_groups([leak_keys(record) for record in read["train"]])
+    groups = connect_groups(keys_of(read["train"]))
     together = [replace(record, group=group) for record, group in zip(read["train"], groups, strict=True)]
     divided = split_records(together, config, validation="validation" not in read, test="test" not in read)
     splits = Splits(divided.train, read.get("validation", divided.validation), read.get("test", divided.test))
     hashes = {side: str(describe(location)["sha256"]) for side, location in named.items()}
     return splits, source_info(config.name, named, hashes)
+
+
+def keys_of(records: Sequence[Record]) -> list[list[str]]:
+    """What keeps each together with others: `leak_keys`, and the text alone, which may have another second text there.
+
+    One text that all records share, such as a question, tells none apart and is no key. The text's key sorts behind the
+    others, so it names no group (`connect_groups`).
+    """
+    texts = [normalize_phrase(record.text) for record in records if isinstance(record, LabelledRecord)]
+    shared = len(set(texts)) == 1
+    return [
+        leak_keys(record) if shared else [*leak_keys(record), f"text:{text}"]
+        for record, text in zip(records, texts, strict=True)
+    ]
 
 
 def read_labelled(
