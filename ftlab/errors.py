@@ -19,6 +19,6 @@ class ConfigError(FtlabError):
 
 
 class DivergenceError(FtlabError):
-    """Training produced non-finite numbers too many times in a row."""
+    """Training produced non-finite numbers too many times in a row, or a model whose scores are not finite."""
 
     exit_code = 3

@@ -58,6 +58,7 @@ def _run(argv: list[str]) -> int:
     from ftlab.open_run import open_run, parallel_of, read_config
     from ftlab.training.parallel import start_ranks
     from ftlab.training.progress import score_lines
+    from ftlab.training.record import writable
 
     config, _ = read_config(Path(arguments.run))
     with start_ranks(parallel_of(config, arguments.device)) as ranks:
@@ -82,7 +83,7 @@ def _run(argv: list[str]) -> int:
         answers = {who: [answer.as_dict() for answer in result.predictions] for who, result in measured.items()}
         asked = {name: getattr(arguments, name) for name in ("run", "adapter", "model", "split", "limit")}
         content = {**asked, "scores": scores, "predictions": answers}
-        atomic_write(Path(arguments.out), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(Path(arguments.out), json.dumps(writable(content), indent=1, ensure_ascii=False) + "\n")
         print(f"written to {arguments.out}")
     return 0
 

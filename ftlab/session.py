@@ -18,7 +18,7 @@ from ftlab.compose import config_hash, run_folder, to_yaml
 from ftlab.config import Config, GradualUnfreezeConfig, option_classes
 from ftlab.data.loader import RowLoader
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.evaluation.measure import Measured, Measures
+from ftlab.evaluation.measure import Measured, Measures, require_finite
 from ftlab.files import atomic_write
 from ftlab.models.tokenizer import Tokenizer
 from ftlab.operators import describe
@@ -533,8 +533,9 @@ class _Session:
         if config.evaluation.test and data.test:
             self._test(measurer, data, built, "final")
             assert self.tracker is not None
-            scores = self.record.content["scores"]["final"]
-            self.tracker.log(counters.step, "test", {name: score["value"] for name, score in scores.items()})
+            scores = {name: score["value"] for name, score in self.record.content["scores"]["final"].items()}
+            self.tracker.log(counters.step, "test", scores)
+            require_finite(scores)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,24 @@ def test_a_resumed_run_is_the_same_run(finished: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_run_that_diverges_says_so_and_leaves_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "scores.json"
+    wild = ["method=full", "optimizer.lr=1e20", "optimizer.max_grad_norm=null", "training.max_steps=3"]
+    assert train.main([*TINY, *wild, f"run_dir={run_dir}"]) == 3
+    told = capsys.readouterr().err
+    assert "error: the trained model's scores on the test split are not finite (loss, accuracy, " in told
+    assert "Traceback" not in told
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "not finite" in record["reason"]
+    assert record["scores"]["final"]["macro_f1"]["value"] == "nan"
+    assert not (run_dir / "predictions" / "final.jsonl").exists()
+    assert "Labels of the untouched model" in (run_dir / "report.html").read_text()
+    assert evaluate.main([f"run={run_dir}", "base=also", f"out={out}"]) == 0
+    assert re.search(r"^accuracy +\S+ \(.*\) +nan$", capsys.readouterr().out, re.MULTILINE)
+    assert json.loads(out.read_text())["scores"]["after"]["accuracy"]["low"] == "nan"
+
+
 def test_it_learns(tmp_path: Path) -> None:
     record = trained(
         tmp_path / "run", "method=full", "optimizer.lr=3e-3", "training.epochs=25", "evaluation.times=0",

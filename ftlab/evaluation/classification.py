@@ -2,36 +2,38 @@
 
 Shapes: N texts, C labels, R resamples, B bins.
 
-- accuracy; F1 = 2 tp / (2 tp + fp + fn), a label that neither occurs nor is predicted counting 0: the mean over labels
-  (macro), and of the summed counts (micro).
+- accuracy; F1 = 2 tp / (2 tp + fp + fn), of the summed counts (micro), and the mean over the labels that occur or are
+  given (macro): the others have no F1.
 - mcc: R_K of Gorodkin 2004 (Computational Biology and Chemistry 28:367), which for two labels is Matthews' coefficient.
 - auroc: the chance that a text with a label scores higher on it than one without, a tie counting one half; one against
-  the rest, the mean over the labels for which both kinds exist. With two labels, that of the second.
+  the rest, the mean over the labels for which both kinds exist, no score if there is none. Of two labels, one of which
+  each text has, that of the second.
 - ece: expected calibration error (Naeini, Cooper and Hauskrecht 2015, AAAI), 15 bins of equal width: the mean over
   decisions of |accuracy - confidence| of their bin. With several labels a text, each label is a decision of its own.
 - regression: mse, Pearson's correlation, and Spearman's: Pearson's of the ranks, ties sharing their mean rank.
 
-All but mse are on 0-100 (correlations and mcc: -100 to 100). Intervals are bootstrap percentiles; accuracy, a
-proportion, has Wilson's.
+All but mse are on 0-100 (correlations and mcc: -100 to 100). Intervals are bootstrap percentiles, over the resamples in
+which the score is defined; accuracy, a proportion, has Wilson's. With one number that is not finite every score is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ftlab.errors import FtlabError
-from ftlab.evaluation.intervals import PERCENTILES, bootstrap_interval, wilson_interval
+from ftlab.evaluation.intervals import bootstrap_sums, drawn_counts, percentile_interval, wilson_interval
 from ftlab.evaluation.metrics import Score
 
 __all__ = ["BINS", "Answers", "details", "score_labels"]
 
 BINS = 15
 Floats = NDArray[np.float64]
+Resampled = Callable[[Floats], Floats]  # of how often each text was drawn, [R, N], a score of each resample, [R]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Answers:
     names: tuple[str, ...]
     scores: Floats
     targets: Floats
+
+    @property
+    def finite(self) -> bool:
+        """Whether all scores are numbers; those of a model that diverged are not, and say nothing."""
+        return bool(np.isfinite(self.scores).all())
 
     @property
     def truth(self) -> NDArray[np.bool_]:
@@ -80,60 +87,84 @@ def score_labels(answers: Answers, *, bootstrap: int = 1000, seed: int = 0) -> d
     count = len(answers.scores)
     if count == 0:
         raise FtlabError("nothing to score: the split has no text")
-    ending = f"n:{count}|ci95:bootstrap({bootstrap},seed={seed})"
-
-    def from_sums(statistics: Floats, value: Callable[[Floats], Floats], what: str, scale: float = 100.0) -> Score:
-        exact = float(value(statistics.sum(0, keepdims=True))[0])
-        low, high = bootstrap_interval(statistics, value, bootstrap, seed)
-        return Score(scale * exact, scale * low, scale * high, f"{what}|{ending}")
-
-    def from_weights(value: Callable[[Floats], Floats], what: str) -> Score:
-        exact = float(value(np.ones((1, count)))[0])
-        draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=bootstrap)
-        resampled = value(draws.astype(np.float64))
-        resampled = resampled[np.isfinite(resampled)]  # a resample may miss a kind of text that the score needs
-        low, high = np.percentile(resampled, PERCENTILES) if len(resampled) else (exact, exact)
-        return Score(100 * exact, 100 * float(low), 100 * float(high), f"{what}|{ending}")
-
+    if not answers.finite:  # the same names and signatures, so that tables and checkpoint.metric find them
+        alike = replace(answers, scores=np.zeros_like(answers.scores))
+        found = score_labels(alike, bootstrap=bootstrap, seed=seed)
+        return {name: Score(np.nan, np.nan, np.nan, score.signature) for name, score in found.items()}
     if answers.kind == "regression":
-        x, y = answers.scores[:, 0], answers.targets
-        scores = {"mse": from_sums(((x - y) ** 2)[:, None], lambda sums: sums[:, 0] / count, "mse", 1.0)}
-        if count > 1:
-            scores["pearson"] = from_sums(_moments(x, y), _correlation, "pearson")
-            scores["spearman"] = from_weights(lambda draws: _spearman(x, y, draws), "spearman|ties:mean rank")
-        return scores
+        return _with_intervals(_of_numbers(answers), count, bootstrap, seed)
     hits = int(answers.right.sum())
     low, high = wilson_interval(hits, count)
     name = "subset_accuracy" if answers.kind == "multi" else "accuracy"
+    accuracy = Score(100 * hits / count, 100 * low, 100 * high, f"{name}|n:{count}|ci95:wilson")
+    return {name: accuracy, **_with_intervals(_of_labels(answers), count, bootstrap, seed)}
+
+
+def _with_intervals(
+    measures: Mapping[str, tuple[str, Resampled]], count: int, bootstrap: int, seed: int
+) -> dict[str, Score]:
+    """The scores of all texts, with intervals from the same resamples. Of each measure, its signature and function."""
+    ending = f"n:{count}|ci95:bootstrap({bootstrap},seed={seed})"
+    resampled: dict[str, list[Floats]] = {name: [] for name in measures}
+    for draws in drawn_counts(count, bootstrap, seed):
+        for name, (_, value) in measures.items():
+            resampled[name].append(value(draws))
+    scores = {}
+    for name, (what, value) in measures.items():
+        scale = 1.0 if name == "mse" else 100.0
+        exact = float(value(np.ones((1, count)))[0])
+        low, high = percentile_interval(np.concatenate(resampled[name]), exact)
+        scores[name] = Score(scale * exact, scale * low, scale * high, f"{what}|{ending}")
+    return scores
+
+
+def _of_numbers(answers: Answers) -> dict[str, tuple[str, Resampled]]:
+    x, y = answers.scores[:, 0], answers.targets
+    count = len(x)
+    squares = (x - y) ** 2
+    measures: dict[str, tuple[str, Resampled]] = {"mse": ("mse", lambda draws: draws @ squares / count)}
+    if count > 1:
+        moments, places = _moments(x, y), (_Places.of(x), _Places.of(y))
+        measures["pearson"] = ("pearson", lambda draws: _correlation(draws @ moments))
+        measures["spearman"] = ("spearman|ties:mean rank", lambda draws: _spearman(*places, draws))
+    return measures
+
+
+def _of_labels(answers: Answers) -> dict[str, tuple[str, Resampled]]:
+    count = len(answers.scores)
+    decisions = answers.decisions()[0].size
     counts = np.concatenate([answers.truth & answers.predicted, answers.predicted, answers.truth], axis=1)
-    statistics = counts.astype(np.float64)
-    scores = {
-        name: Score(100 * hits / count, 100 * low, 100 * high, f"{name}|n:{count}|ci95:wilson"),
-        "macro_f1": from_sums(statistics, lambda sums: _f1(*np.split(sums, 3, axis=1)).mean(1), "f1|macro"),
-        "micro_f1": from_sums(statistics, _micro_f1, "f1|micro"),
+    statistics, bins = counts.astype(np.float64), _bin_sums(answers)
+    measures: dict[str, tuple[str, Resampled]] = {
+        "macro_f1": ("f1|macro over labels that occur or are given", lambda draws: _macro_f1(draws @ statistics)),
+        "micro_f1": ("f1|micro", lambda draws: _micro_f1(draws @ statistics)),
     }
     if answers.kind == "single":
-        scores["mcc"] = from_sums(statistics, lambda sums: _mcc(sums, count), "mcc|R_K")
-    if np.isfinite(_auroc(answers, np.ones((1, count)))[0]):
-        scores["auroc"] = from_weights(lambda draws: _auroc(answers, draws), "auroc|one-vs-rest|macro")
-    per_text = answers.decisions()[0].size / count
-    scores["ece"] = from_sums(
-        _bin_sums(answers), lambda sums: _ece(sums) / (count * per_text), f"ece|bins:{BINS}|equal width"
-    )
-    return scores
+        measures["mcc"] = ("mcc|R_K", lambda draws: _mcc(draws @ statistics, count))
+    if labels := _ranked_labels(answers):
+        measures["auroc"] = ("auroc|one-vs-rest|macro", lambda draws: _auroc(labels, draws))
+    measures["ece"] = (f"ece|bins:{BINS}|equal width", lambda draws: _ece(draws @ bins) / decisions)
+    return measures
 
 
 # --- from sums over the texts ----------------------------------------------------------------------------------------
 
 
 def _f1(both: Floats, predicted: Floats, true: Floats) -> Floats:
-    """2 tp / (2 tp + fp + fn), 0 where nothing is true or predicted."""
-    total = predicted + true
-    return _ratio(2 * both, total, 0.0)
+    """2 tp / (2 tp + fp + fn), NaN where nothing is true or predicted."""
+    return _ratio(2 * both, predicted + true, np.nan)
+
+
+def _macro_f1(sums: Floats) -> Floats:
+    """The mean over the labels that are true or predicted somewhere; 0 without any, as micro F1 is."""
+    each = _f1(*np.split(sums, 3, axis=1))
+    return _ratio(np.nansum(each, axis=1), (~np.isnan(each)).sum(1).astype(np.float64), 0.0)
 
 
 def _micro_f1(sums: Floats) -> Floats:
-    return _f1(*(part.sum(1) for part in np.split(sums, 3, axis=1)))
+    """Of the counts of all labels together; 0 where nothing is true or predicted."""
+    f1: Floats = np.nan_to_num(_f1(*(part.sum(1) for part in np.split(sums, 3, axis=1))))
+    return f1
 
 
 def _mcc(sums: Floats, count: int) -> Floats:
@@ -186,39 +217,55 @@ def _ece(sums: Floats) -> Floats:
 # --- from how often each text was drawn ------------------------------------------------------------------------------
 
 
-def _midranks(values: Floats, draws: Floats) -> Floats:
-    """Mean rank of each value in each resample, where text i occurs draws[r, i] times: [N], [R, N] -> [R, N]."""
-    _, group = np.unique(values, return_inverse=True)
-    order = np.argsort(group, kind="stable")
-    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    sizes = np.add.reduceat(draws[:, order], starts, axis=1)  # [R, groups]
-    before = np.cumsum(sizes, axis=1) - sizes
-    ranks: Floats = (before + (sizes + 1) / 2)[:, group]
-    return ranks
+@dataclass(frozen=True)
+class _Places:
+    """The texts in the order of a value, and how many stand before (first) and up to (last) each one's ties, [N]."""
+
+    order: NDArray[np.int64]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, values: Floats) -> _Places:
+        order = np.argsort(values, kind="stable")
+        ordered = values[order]
+        return cls(order, np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right"))
+
+    def midranks(self, draws: Floats, texts: NDArray[np.int64] | slice = slice(None)) -> Floats:
+        """Mean rank of `texts` in each resample, where text i occurs draws[r, i] times: [R, N] -> [R, texts]."""
+        upto = np.zeros((len(draws), len(self.order) + 1))
+        np.cumsum(draws[:, self.order], axis=1, out=upto[:, 1:])
+        ranks: Floats = (upto[:, self.first[texts]] + upto[:, self.last[texts]] + 1) / 2
+        return ranks
 
 
-def _auroc(answers: Answers, draws: Floats) -> Floats:
-    """[R, N] -> [R], by the rank sum (Mann-Whitney): (sum of ranks - P (P + 1) / 2) / (P Q). NaN if undefined."""
+def _ranked_labels(answers: Answers) -> list[tuple[_Places, NDArray[np.int64]]]:
+    """Of each label that some texts have and some do not: the places of its scores, and the texts with it."""
     labels = [1] if answers.kind == "single" and len(answers.names) == 2 else range(len(answers.names))
-    total, defined = np.zeros(len(draws)), np.zeros(len(draws))
+    found = []
     for label in labels:
-        true = answers.truth[:, label].astype(np.float64)
-        positives = draws @ true
+        true = answers.truth[:, label]
+        if true.any() and not true.all():
+            found.append((_Places.of(answers.scores[:, label]), np.flatnonzero(true)))
+    return found
+
+
+def _auroc(labels: list[tuple[_Places, NDArray[np.int64]]], draws: Floats) -> Floats:
+    """[R, N] -> [R], by the rank sum (Mann-Whitney): (sum of ranks - P (P + 1) / 2) / (P Q). NaN if undefined."""
+    total, defined = np.zeros(len(draws)), np.zeros(len(draws))
+    for places, texts in labels:
+        positives = draws[:, texts].sum(1)
         negatives = draws.sum(1) - positives
-        if not true.any() or true.all():
-            continue
-        rank_sum = ((draws * _midranks(answers.scores[:, label], draws)) @ true) - positives * (positives + 1) / 2
-        exists = (positives > 0) & (negatives > 0)
+        rank_sum = (draws[:, texts] * places.midranks(draws, texts)).sum(1) - positives * (positives + 1) / 2
         total += _ratio(rank_sum, positives * negatives, 0.0)
-        defined += exists
+        defined += (positives > 0) & (negatives > 0)
     return _ratio(total, defined, np.nan)
 
 
-def _spearman(x: Floats, y: Floats, draws: Floats) -> Floats:
+def _spearman(x: _Places, y: _Places, draws: Floats) -> Floats:
     """[R, N] -> [R]."""
-    a, b = _midranks(x, draws), _midranks(y, draws)
     middle = (draws.sum(1, keepdims=True) + 1) / 2  # the mean rank
-    a, b = a - middle, b - middle
+    a, b = x.midranks(draws) - middle, y.midranks(draws) - middle
     ones = draws.sum(1)
     sums = [ones, (draws * a).sum(1), (draws * b).sum(1)]
     sums += [(draws * a * a).sum(1), (draws * b * b).sum(1), (draws * a * b).sum(1)]
@@ -231,27 +278,29 @@ def _spearman(x: Floats, y: Floats, draws: Floats) -> Floats:
 def details(answers: Answers, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """What a number does not tell, in plain types: per label, the confusion matrix, the reliability bins.
 
-    confusion[i][j] counts texts with label i that were given j (single). A reliability bin has its edges, the number of
-    decisions in it, their mean confidence and the share that holds.
+    A label that neither occurs nor is given has no F1. confusion[i][j] counts texts with label i that were given j
+    (single). A reliability bin has its edges, the number of decisions in it, their mean confidence and the share that
+    holds. Nothing of numbers, and nothing of scores that are not finite.
     """
-    if answers.kind == "regression":
+    if answers.kind == "regression" or not answers.finite:
         return {}
     truth, predicted = answers.truth, answers.predicted
-    statistics = np.stack([truth & predicted, predicted, truth], axis=2).astype(np.float64)  # [N, C, 3]
+    statistics = np.concatenate([truth & predicted, predicted, truth], axis=1).astype(np.float64)
+    resampled = _f1(*np.split(bootstrap_sums(statistics, bootstrap, seed), 3, axis=1))
     rows = []
-    for label, name in enumerate(answers.names):
-        both, given, true = statistics[:, label].sum(0)
-        low, high = bootstrap_interval(statistics[:, label], lambda sums: _f1(*sums.T), bootstrap, seed)
-        f1 = float(_f1(*statistics[:, label].sum(0)[:, None])[0])
+    for label, (name, both, given, true) in enumerate(zip(answers.names, *np.split(statistics.sum(0), 3), strict=True)):
+        exists = given + true > 0
+        f1 = float(2 * both / (given + true)) if exists else np.nan
+        low, high = percentile_interval(resampled[:, label], f1)
         rows.append(
             {
                 "label": name,
                 "texts": int(true),
                 "precision": 100 * float(both / given) if given else None,
                 "recall": 100 * float(both / true) if true else None,
-                "f1": 100 * f1,
-                "low": 100 * low,
-                "high": 100 * high,
+                "f1": 100 * f1 if exists else None,
+                "low": 100 * low if exists else None,
+                "high": 100 * high if exists else None,
             }
         )
     found: dict[str, Any] = {"labels": rows, "reliability": reliability(answers)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,27 +11,47 @@ from numpy.typing import NDArray
 __all__ = [
     "bootstrap_interval",
     "bootstrap_sums",
+    "drawn_counts",
     "exact_mcnemar",
     "paired_proportion_interval",
+    "percentile_interval",
     "wilson_interval",
 ]
 
 Z95 = 1.959963984540054  # the 97.5 % point of the standard normal distribution
 PERCENTILES = (2.5, 97.5)
+BLOCK = 2**20  # counts drawn at once, 8 MiB: what is made of them stays small however many examples there are
 
 Floats = NDArray[np.float64]
 
 
-def bootstrap_sums(statistics: Floats, resamples: int, seed: int) -> Floats:
-    """Column sums of resampled examples, [examples, columns] -> [resamples, columns], fp64.
+def drawn_counts(count: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each of `count` examples occurs in each resample, as blocks of resamples [R, count], fp64.
 
-    Drawing N of N examples with replacement is drawing how often each occurs from a multinomial distribution, so all
-    resamples are one matrix product. The same (N, resamples, seed) draws the same examples, which pairs two models.
+    Drawing N of N examples with replacement is drawing how often each occurs from a multinomial distribution. The
+    generator draws one resample after the other, so the blocks do not change them. The same (N, resamples, seed) draws
+    the same examples, which pairs two models.
     """
-    count = statistics.shape[0]
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=resamples)
-    sums: Floats = draws.astype(np.float64) @ statistics
-    return sums
+    generator = np.random.default_rng(seed)
+    chances = np.full(count, 1.0 / count)
+    rows = max(1, BLOCK // count)
+    for begin in range(0, resamples, rows):
+        yield generator.multinomial(count, chances, size=min(rows, resamples - begin)).astype(np.float64)
+
+
+def bootstrap_sums(statistics: Floats, resamples: int, seed: int) -> Floats:
+    """Column sums of resampled examples, [examples, columns] -> [resamples, columns], fp64; see `drawn_counts`."""
+    return np.concatenate([draws @ statistics for draws in drawn_counts(len(statistics), resamples, seed)])
+
+
+def percentile_interval(values: Floats, otherwise: float) -> tuple[float, float]:
+    """The percentiles of a score's resampled values; of one value, `otherwise`, if none is finite.
+
+    NaN is passed over: a resample may miss a kind of example without which the score is not defined.
+    """
+    finite = values[np.isfinite(values)]
+    low, high = np.percentile(finite if len(finite) else np.array([otherwise]), PERCENTILES)
+    return float(low), float(high)
 
 
 def bootstrap_interval(

@@ -64,7 +64,10 @@ class LabelMeasurer:
         bootstrap: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Measured:
-        """Loss (without label smoothing), scores and answers; `records` is not needed: an example has its text."""
+        """Loss (without label smoothing), scores and answers; `records` is not needed: an example has its text.
+
+        Scores that are not finite choose no label, so they come without answers.
+        """
         texts = [example for example in examples if isinstance(example, LabelledExample)]
         logits = self._logits(model, texts, progress)
         dtype = torch.int64 if self.labels.kind == "single" else torch.float64
@@ -76,7 +79,8 @@ class LabelMeasurer:
         scores = {"loss": Score(loss, None, None, f"mean over texts: {len(texts)}")}
         scores |= score_labels(answers, bootstrap=resamples, seed=0)
         predictions: list[Prediction] = []
-        for text, row in zip(texts, likelihood.tolist(), strict=True):
+        rows = zip(texts, likelihood.tolist(), strict=True) if answers.finite else ()
+        for text, row in rows:
             answer = self.labels.predicted(row)
             rounded = tuple(round(number, 6) for number in row)
             predictions.append(LabelPrediction(text.id, text.text, text.reference, answer, rounded))

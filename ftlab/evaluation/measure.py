@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,13 +15,14 @@ from ftlab.config import EvaluationConfig
 from ftlab.data.loader import Batch, eval_batches
 from ftlab.data.records import Record
 from ftlab.data.tokenization import Example
+from ftlab.errors import DivergenceError
 from ftlab.evaluation.generation import Prediction, predict
 from ftlab.evaluation.loss import evaluate_loss
 from ftlab.evaluation.metrics import Score, score
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
 
-__all__ = ["Measured", "Measurer", "Measures", "Peers"]
+__all__ = ["Measured", "Measurer", "Measures", "Peers", "require_finite"]
 
 EVALUATION_MULTIPLE = 128  # tokens; see collate_rows
 
@@ -54,6 +56,16 @@ class Measured:
     def values(self) -> dict[str, float]:
         """The scores without their intervals."""
         return {name: score.value for name, score in self.scores.items()}
+
+
+def require_finite(scores: Mapping[str, float]) -> None:
+    """Errors: DivergenceError if a score of the trained model is not finite; perplexity overflows before the loss."""
+    broken = [name for name, value in scores.items() if name != "perplexity" and not math.isfinite(value)]
+    if broken:
+        raise DivergenceError(
+            f"the trained model's scores on the test split are not finite ({', '.join(broken)}); lower optimizer.lr or "
+            "set optimizer.max_grad_norm"
+        )
 
 
 class Measures(Protocol):

@@ -150,7 +150,7 @@ def _headline(run: RunFolder, changes: Mapping[str, Change]) -> str:
 
 
 def _verb(change: Change | None) -> str:
-    if change is None:
+    if change is None or not math.isfinite(change.value):
         return "went"
     if change.low is not None and change.high is not None and change.low <= 0 <= change.high:
         return "did not clearly change:"
@@ -159,9 +159,13 @@ def _verb(change: Change | None) -> str:
 
 def _with_interval(score: Mapping[str, Any], unit: str) -> str:
     text = f"{score['value']:.1f}{unit}"
-    if score.get("low") is None:
+    if not _has_interval(score):
         return text
     return f"{text} (95{SPACE}% interval {score['low']:.1f} to {score['high']:.1f})"
+
+
+def _has_interval(score: Mapping[str, Any]) -> bool:
+    return score.get("low") is not None and math.isfinite(score["low"])
 
 
 def _subtitle(record: Mapping[str, Any]) -> str:
@@ -287,7 +291,7 @@ def _number(key: str, value: float, *, sign: bool = False) -> str:
 def _cell(key: str, score: Mapping[str, Any] | None) -> dict[str, str]:
     if not score:
         return {"value": "not scored", "interval": ""}
-    interval = "" if score.get("low") is None else f"{_number(key, score['low'])} to {_number(key, score['high'])}"
+    interval = f"{_number(key, score['low'])} to {_number(key, score['high'])}" if _has_interval(score) else ""
     if interval and score["low"] == score["high"]:  # resampling equal scores gives no width; that is not certainty
         interval = "all records alike"
     return {"value": _number(key, score["value"]), "interval": interval}

@@ -64,13 +64,18 @@ def _label_row(row: Mapping[str, Any]) -> dict[str, str]:
     def shown(value: float | None) -> str:
         return "none" if value is None else f"{value:.1f}"
 
+    interval = ""  # of a label that neither occurs nor is given
+    if row["f1"] is not None:
+        interval = f"{row['low']:.1f} to {row['high']:.1f}"
+        if row["low"] == row["high"]:  # resampling texts that are alike gives no width; that is not certainty
+            interval = "all texts alike"
     return {
         "label": str(row["label"]),
         "texts": f"{row['texts']:,}",
         "precision": shown(row["precision"]),
         "recall": shown(row["recall"]),
         "f1": shown(row["f1"]),
-        "interval": f"{row['low']:.1f} to {row['high']:.1f}",
+        "interval": interval,
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlab.errors import FtlabError
-from ftlab.training.tracking import read_metrics
+from ftlab.training.tracking import read_metrics, restore_numbers
 
 __all__ = ["Answer", "RunFolder", "read_run", "run_folders"]
 
@@ -109,7 +109,11 @@ def _read_record(path: Path, problems: list[str]) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         problems.append(f"run.json is damaged ({error}).")
         return {}
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    for scores in (record.get("scores") or {}).values():  # as metrics.jsonl, it has what is not finite as text
+        scores.update({name: restore_numbers(score) for name, score in scores.items()})
+    return record
 
 
 def _read_answers(path: Path, problems: list[str]) -> list[Answer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -256,6 +257,8 @@ def _summary_lines(record: Mapping[str, Any]) -> list[str]:
 def _score(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "-"
+    if isinstance(score["value"], str) or not math.isfinite(score["value"]):  # run.json has it as text
+        return str(score["value"])
     if score.get("low") is None:
         return f"{score['value']:.3f}"
     if score["low"] == score["high"]:  # all records scored alike: resampling them gives no interval

@@ -22,7 +22,7 @@ from ftlab.allocator import allocator_name
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_write
 
-__all__ = ["RunRecord", "describe_machine", "peak_device_bytes", "peak_rss_bytes", "reset_peaks"]
+__all__ = ["RunRecord", "describe_machine", "peak_device_bytes", "peak_rss_bytes", "reset_peaks", "writable"]
 
 _PACKAGES = ("ftlab", "torch", "numpy", "tokenizers", "safetensors", "gguf", "hydra-core", "sacrebleu", "rouge-score")
 
@@ -138,7 +138,7 @@ class RunRecord:
             old = self.content.get(key)
             self.content[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
         if self._enabled:
-            text = json.dumps(_writable(self.content), indent=2, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(writable(self.content), indent=2, ensure_ascii=False, allow_nan=False)
             atomic_write(self.path, text + "\n")
 
     def try_update(self, **fields: Any) -> str:
@@ -162,12 +162,12 @@ def _command(world: int) -> str:
     return " ".join([*start, "-m", _module_name(), *(shlex.quote(argument) for argument in sys.argv[1:])])
 
 
-def _writable(value: Any) -> Any:
-    """The content as JSON can hold it: a number that is not finite becomes the text nan, inf or -inf."""
+def writable(value: Any) -> Any:
+    """Content as JSON can hold it: a number that is not finite becomes the text nan, inf or -inf."""
     if isinstance(value, dict):
-        return {key: _writable(item) for key, item in value.items()}
+        return {key: writable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_writable(item) for item in value]
+        return [writable(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ftlab.config import EvaluationConfig
 from ftlab.errors import FtlabError
+from ftlab.evaluation import intervals
 from ftlab.evaluation.classification import BINS, Answers, details, score_labels
 from ftlab.evaluation.intervals import wilson_interval
 from ftlab.evaluation.label_measure import LabelMeasurer
@@ -33,9 +36,11 @@ def random_answers(kind: str, count: int = 60, labels: int = 3, seed: int = 0) -
     generator = np.random.default_rng(seed)
     scores = generator.dirichlet(np.ones(labels), count).round(2)
     targets = generator.integers(labels, size=count).astype(np.float64)
+    if kind == "regression":
+        return Answers(kind, (), scores[:, :1] * 5, targets)
     if kind == "multi":
         targets = (generator.random((count, labels)) < 0.4).astype(np.float64)
-    return Answers(kind, tuple("abc"[:labels]), scores, targets)
+    return Answers(kind, tuple("abcdefghijkl"[:labels]), scores, targets)
 
 
 def values(answers: Answers) -> dict[str, float]:
@@ -75,6 +80,36 @@ def test_a_constant_answer_scores_nothing_beyond_accuracy() -> None:
     assert found["auroc"] == 50
 
 
+def test_macro_f1_is_over_the_labels_that_occur_or_are_given() -> None:
+    perfect = score_labels(single([0, 1, 0], [0, 1, 0], labels=3), bootstrap=100)["macro_f1"]
+    assert (perfect.value, perfect.low, perfect.high) == (100, 100, 100)
+    assert perfect.signature.startswith("f1|macro over labels that occur or are given|")
+    # A label that is given but does not occur counts 0, like one that occurs and is never given.
+    assert values(single([0, 0, 0], [0, 0, 2]))["macro_f1"] == pytest.approx(100 * (4 / 5 + 0) / 2)
+    assert values(single([0, 0, 2], [0, 0, 0]))["macro_f1"] == pytest.approx(100 * (4 / 5 + 0) / 2)
+    nothing = Answers("multi", ("a", "b"), np.zeros((4, 2)), np.zeros((4, 2)))
+    assert values(nothing)["macro_f1"] == values(nothing)["micro_f1"] == 0
+
+
+def test_an_interval_of_perfect_answers_holds_their_score() -> None:
+    """A resample misses about a third of ten texts; the labels of those do not count in it."""
+    each = list(range(10))
+    names = tuple("abcdefghij")
+    answers = Answers("single", names, np.eye(10), np.array(each, dtype=np.float64))
+    found = score_labels(answers, bootstrap=100)["macro_f1"]
+    assert (found.low, found.value, found.high) == (100, 100, 100)
+    assert [(row["low"], row["f1"], row["high"]) for row in details(answers, bootstrap=100)["labels"]] == [
+        (100, 100, 100)
+    ] * 10
+
+
+def test_a_label_that_neither_occurs_nor_is_given_has_no_row_of_scores() -> None:
+    rows = details(single([0, 1, 0], [0, 0, 0]), bootstrap=100)["labels"]
+    absent = {"label": "c", "texts": 0, "precision": None, "recall": None, "f1": None, "low": None, "high": None}
+    assert rows[2] == absent
+    assert rows[1]["f1"] == 0
+
+
 def brute_auroc(scores: Array, positive: Any) -> float:
     pairs = list(itertools.product(scores[positive], scores[~positive]))
     return sum(float(p > q) + 0.5 * float(p == q) for p, q in pairs) / len(pairs)
@@ -94,10 +129,17 @@ def test_auroc_of_two_labels_is_the_seconds_and_needs_both() -> None:
     assert "auroc" not in values(single([1, 1, 1], [1, 0, 1], labels=2))
 
 
-@pytest.mark.parametrize("kind", ["single", "multi"])
-def test_resampled_scores_are_the_scores_of_the_resample(kind: str) -> None:
-    """An interval made one resample at a time, with the texts repeated, is the same interval."""
-    answers, resamples = random_answers(kind, count=25), 100
+@pytest.mark.parametrize("block", [90, 2**20], ids=["blocks", "whole"])
+@pytest.mark.parametrize(("kind", "labels"), [("single", 3), ("single", 12), ("multi", 3), ("regression", 5)])
+def test_resampled_scores_are_the_scores_of_the_resample(
+    kind: str, labels: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interval made one resample at a time, with the texts repeated, is the same interval.
+
+    Many of these resamples miss one of twelve labels.
+    """
+    monkeypatch.setattr(intervals, "BLOCK", block)
+    answers, resamples = random_answers(kind, count=25, labels=labels), 100
     draws = np.random.default_rng(0).multinomial(25, np.full(25, 1 / 25), size=resamples)
     repeated = [np.repeat(np.arange(25), row) for row in draws]
     each = [values(Answers(kind, answers.names, answers.scores[i], answers.targets[i])) for i in repeated]
@@ -151,6 +193,34 @@ def test_regression_by_hand() -> None:
     assert values(Answers("regression", (), np.ones((4, 1)), y))["pearson"] == 0
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["single", "multi", "regression"])
+def test_scores_that_are_not_finite_measure_nothing(kind: str, broken: float) -> None:
+    answers = random_answers(kind)
+    expected = score_labels(answers, bootstrap=100, seed=3)
+    answers.scores[7, 0] = broken
+    found = score_labels(answers, bootstrap=100, seed=3)
+    assert {name: score.signature for name, score in found.items()} == {
+        name: score.signature for name, score in expected.items()
+    }
+    for score in found.values():
+        assert np.isnan([score.value, score.low, score.high]).all()
+    assert details(answers, bootstrap=100) == {}
+
+
+def test_memory_does_not_grow_with_the_resamples() -> None:
+    """500 resamples of 20,000 texts are 80 MB of counts, and the ranks of a label as many again."""
+    answers = random_answers("multi", count=20_000)
+    tracemalloc.start()
+    try:
+        score_labels(answers, bootstrap=500)
+        details(answers, bootstrap=500)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 60e6
+
+
 def test_nothing_to_score_is_an_error() -> None:
     with pytest.raises(FtlabError, match="has no text"):
         score_labels(single([], []))
@@ -177,6 +247,16 @@ def test_measured_is_the_sum_over_texts_whatever_the_batches(labels: LabelSet) -
     logits = model(batch_of(examples, labels)).detach()
     if labels.kind == "single":
         assert [p.prediction for p in one.predictions] == [labels.names[i] for i in logits.argmax(1).tolist()]
+
+
+def test_a_model_whose_weights_are_not_finite_gives_no_answers() -> None:
+    model, examples = tiny_bert_classifier(LABELS), texts(LABELS, 5)
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    found = measurer(LABELS, Ranks()).measure(model, examples, [])
+    assert all(math.isnan(value) for value in found.values().values())
+    assert "accuracy" in found.scores
+    assert (found.predictions, found.details) == ([], {})
 
 
 def two_ranks(ranks: Ranks) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -12,8 +13,9 @@ from ftlab.config import EvaluationConfig
 from ftlab.data.records import Message, Record
 from ftlab.data.templates import ChatTemplate
 from ftlab.data.tokenization import encode
+from ftlab.errors import DivergenceError
 from ftlab.evaluation import generation
-from ftlab.evaluation.measure import Measurer
+from ftlab.evaluation.measure import Measurer, require_finite
 from ftlab.losses.cross_entropy import supervised_cross_entropy
 from ftlab.models.tokenizer import byte_tokenizer
 from ftlab.training.parallel import Ranks
@@ -56,3 +58,10 @@ def test_a_cut_prompt_is_asked_as_it_was_cut(monkeypatch: pytest.MonkeyPatch) ->
     assert all(len(prompt) == 60 - answer for prompt in asked[1:])
     assert [prompt[-20:] for prompt in asked] == [prompt[-20:] for prompt in whole]
     assert asked_under(1000, monkeypatch) == whole
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_a_divergence(value: float) -> None:
+    require_finite({"loss": 800.0, "perplexity": math.inf, "accuracy": 0.0})
+    with pytest.raises(DivergenceError, match=r"not finite \(loss\); lower optimizer.lr"):
+        require_finite({"loss": value, "perplexity": value, "accuracy": 0.0})

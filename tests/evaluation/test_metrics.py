@@ -13,7 +13,15 @@ from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from ftlab.errors import FtlabError
-from ftlab.evaluation.intervals import bootstrap_sums, exact_mcnemar, paired_proportion_interval, wilson_interval
+from ftlab.evaluation import intervals
+from ftlab.evaluation.intervals import (
+    bootstrap_interval,
+    bootstrap_sums,
+    exact_mcnemar,
+    paired_proportion_interval,
+    percentile_interval,
+    wilson_interval,
+)
 from ftlab.evaluation.metrics import METRICS, paired_difference, score
 from ftlab.evaluation.text_metrics import normalise_answer, statistics_of
 
@@ -88,6 +96,21 @@ def test_bootstrap_interval_is_that_of_explicit_resampling() -> None:
     spread = high - low
     assert ours.low == pytest.approx(low, abs=0.2 * spread)
     assert ours.high == pytest.approx(high, abs=0.2 * spread)
+
+
+@pytest.mark.parametrize("block", [1, 7 * 13, 2**20])
+def test_resamples_are_those_of_one_matrix_whatever_the_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intervals, "BLOCK", block)
+    statistics = np.random.default_rng(1).random((13, 4))
+    draws = np.random.default_rng(5).multinomial(13, np.full(13, 1 / 13), size=100)
+    np.testing.assert_allclose(bootstrap_sums(statistics, 100, 5), draws @ statistics, rtol=1e-12)
+    low, high = np.percentile((draws @ statistics)[:, 2], [2.5, 97.5])
+    assert bootstrap_interval(statistics, lambda sums: sums[:, 2], 100, 5) == pytest.approx((low, high))
+
+
+def test_an_interval_passes_over_resamples_without_a_score() -> None:
+    assert percentile_interval(np.array([2.0, np.nan, 4.0]), 0.0) == pytest.approx((2.05, 3.95))
+    assert percentile_interval(np.array([np.nan]), 7.0) == (7.0, 7.0)
 
 
 def test_scores_repeat_with_a_seed_and_only_intervals_depend_on_it() -> None:

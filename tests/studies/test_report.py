@@ -16,6 +16,7 @@ from ftlab.errors import FtlabError
 from ftlab.evaluation.metrics import score
 from ftlab.studies.curves import Curve, Panel, draw, panels_of
 from ftlab.studies.report import main, write_report
+from ftlab.studies.report_classification import label_part
 from ftlab.studies.runs import Answer, read_run
 
 ADJECTIVES = ["abnormal", "reduced", "elevated", "recurrent", "congenital"]
@@ -339,6 +340,32 @@ def test_an_interval_without_width_is_not_shown_as_one(tmp_path: Path) -> None:
     assert "all records alike" in text
     assert "0.0 to 0.0" not in text
     assert "0.0 to 1.5" in text
+
+
+def test_scores_that_are_not_finite_are_shown_as_they_are(tmp_path: Path) -> None:
+    """run.json has them as text; perplexity overflows while the loss is still finite."""
+    base = {"accuracy": {"value": 33.3, "low": 12.1, "high": 64.6, "signature": "accuracy"}}
+    nan = {"accuracy": {"value": "nan", "low": "nan", "high": "nan", "signature": "accuracy"}}
+    inf = {"perplexity": {"value": "inf", "low": None, "high": None, "signature": "supervised tokens: 9"}}
+    run_dir = make_run(tmp_path / "run", scores={"base": {**base, **inf}, "final": {**nan, **inf}})
+    remove_predictions(run_dir)
+    text = page_of(run_dir).text
+    assert re.search(r"went from 33\.3\s% to nan\s%\.", text)
+    assert "nan to nan" not in text
+    assert "inf" in text
+
+
+def test_a_label_without_a_score_and_one_without_a_width(tmp_path: Path) -> None:
+    counts = {"texts": 2, "precision": 100.0, "recall": 100.0}
+    rows = [
+        {"label": "a", **counts, "f1": 80.0, "low": 60.0, "high": 90.0},
+        {"label": "b", **counts, "f1": 100.0, "low": 100.0, "high": 100.0},
+        {"label": "c", "texts": 0, "precision": None, "recall": None, "f1": None, "low": None, "high": None},
+    ]
+    part = label_part({"classification": {"final": {"labels": rows}}})
+    assert part is not None
+    shown = [(row["f1"], row["interval"]) for row in part["labels"]]
+    assert shown == [("80.0", "60.0 to 90.0"), ("100.0", "all texts alike"), ("none", "")]
 
 
 def test_trouble_is_shown(tmp_path: Path) -> None:

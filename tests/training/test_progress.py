@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from ftlab.training.progress import Progress, duration, memory_size
+from ftlab.training.progress import Progress, duration, memory_size, score_lines
 
 VALUES = {"loss": 1.23456, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 812.3, "memory_bytes": 1.5 * 2**30}
 
@@ -98,6 +98,12 @@ def test_summary_shows_before_and_after() -> None:
     empty = io.StringIO()
     Progress(stream=empty).summary({"status": "failed"})
     assert empty.getvalue() == ""
+
+
+@pytest.mark.parametrize("value", [math.nan, "nan"])  # run.json has it as text
+def test_a_score_that_is_not_finite(value: float | str) -> None:
+    lines = score_lines("test", {"after": {"accuracy": {"value": value, "low": value, "high": value}}})
+    assert lines[1].split() == ["accuracy", "nan"]
 
 
 def test_bars_on_a_terminal() -> None:
