@@ -94,10 +94,9 @@ class LoRA:
         ]
         if problems:
             shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            wanted = overrides(config_for(directory, model, self.config), self.config)
             raise FtlabError(
                 f"{directory / WEIGHTS} does not fit the model: {shown}; use the method and model it has"
-                f"{wanted and f': {wanted}'}"
+                f"{_settings_for(directory, model, self.config)}"
             )
         _check_base(leaves, directory)
         for name, leaf in leaves.items():
@@ -328,11 +327,19 @@ def _check_settings(config: LoRAConfig, settings: Settings, model: nn.Module, di
         if flag != ours[key]:
             differing[f"{key} is {flag}, here {ours[key]}"] = None
     if differing:
-        wanted = overrides(config_for(directory, model, config), config)
         raise FtlabError(
             f"{directory / CONFIG} was written by other settings: {'; '.join(list(differing)[:5])}; use the settings "
-            f"of that run: {wanted}"
+            f"of that run{_settings_for(directory, model, config)}"
         )
+
+
+def _settings_for(directory: Path, model: nn.Module, config: LoRAConfig) -> str:
+    """The words that make the folder's adapters, behind a colon; nothing if this model cannot have them."""
+    try:
+        wanted = overrides(config_for(directory, model, config), config)
+    except FtlabError:
+        return ""
+    return f": {wanted}" if wanted else ""
 
 
 def _check_base(leaves: dict[str, LoRALinear], directory: Path) -> None:
