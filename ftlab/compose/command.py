@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import string
 import sys
 import tempfile
 import traceback
@@ -132,10 +133,7 @@ def show(composer: Composer, arguments: argparse.Namespace) -> None:
     composed = composer.compose(overrides)
     if arguments.help:
         HydraConfig.instance().set_config(composed)
-        settings = without_hydra(composed)
-        template = str(composed.hydra.help.template).replace("$FTLAB_GROUPS", groups_text(composer, composed))
-        help_node = OmegaConf.create({"template": template})
-        print(hydra.get_help(help_node, settings, get_args_parser(), resolve=arguments.resolve).rstrip())
+        print(help_text(composer, composed, resolve=arguments.resolve))
     elif arguments.hydra_help:
         hydra.hydra_help(config_name=config_name, args_parser=get_args_parser(), args=arguments)
     elif arguments.cfg:
@@ -145,6 +143,23 @@ def show(composer: Composer, arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     else:
         hydra.show_info(arguments.info, config_name=config_name, overrides=overrides)
+
+
+def help_text(composer: Composer, composed: DictConfig, *, resolve: bool) -> str:
+    """The template `hydra.help.template`, filled in.
+
+    As Hydra's own get_help, which lists all groups, a second or two of work, whether the template shows them or not.
+    """
+    hydra = composer.hydra
+    parts: dict[str, Callable[[], str]] = {
+        "FTLAB_GROUPS": lambda: groups_text(composer, composed),
+        "FLAGS_HELP": lambda: hydra.format_args_help(get_args_parser()),
+        "HYDRA_CONFIG_GROUPS": lambda: hydra.format_config_groups(lambda name: name.split("/")[0] == "hydra"),
+        "APP_CONFIG_GROUPS": lambda: hydra.format_config_groups(lambda name: name.split("/")[0] != "hydra"),
+        "CONFIG": lambda: OmegaConf.to_yaml(without_hydra(composed), resolve=resolve),
+    }
+    template = string.Template(str(composed.hydra.help.template))
+    return template.substitute({name: parts[name]() for name in template.get_identifiers()}).rstrip()
 
 
 def groups_text(composer: Composer, composed: DictConfig) -> str:
@@ -157,7 +172,7 @@ def groups_text(composer: Composer, composed: DictConfig) -> str:
             file = composer.find(f"{group}/{option}")
             about = next((line for line in comments(file) if "@package" not in line), "") if file else ""
             lines.append(f"  {group if number == 0 else '':<12}{mark} {option:<21} {about}".rstrip())
-    return "\n".join(lines).replace("$", "$$")
+    return "\n".join(lines)
 
 
 def comments(file: Path) -> list[str]:
