@@ -55,10 +55,9 @@ class NF4Weight(nn.Module):
         mean = largest.mean().view(1)
         apart = torch.nn.functional.pad(largest - mean, (0, -blocks % GROUP)).view(-1, GROUP)
         scales = apart.abs().amax(1) / 127
-        steps = apart / scales.clamp_min(torch.finfo().tiny)[:, None]
+        step_sizes = scales.clamp_min(torch.finfo().tiny)[:, None]
         # Beside an outlier half a step may be more than a magnitude, and a negative one would turn its block around.
-        lowest = (-mean / scales.clamp_min(torch.finfo().tiny)).ceil()[:, None]
-        magnitudes = steps.round().maximum(lowest).to(torch.int8)
+        magnitudes = (apart / step_sizes).round().maximum((-mean / step_sizes).ceil()).to(torch.int8)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("magnitudes", magnitudes.view(-1)[:blocks].clone(), persistent=False)
         self.register_buffer("scales", scales, persistent=False)

@@ -143,7 +143,6 @@ def assign_roles(
     backend: tokenizers.Tokenizer, eos: list[int], bos_id: int | None, pad_id: int | None, where: str
 ) -> SpecialTokens:
     """Check the ids, and add end-of-turn tokens to what stops a generation. Without a pad token EOS pads."""
-    size = ids_of(backend)
     special = special_ids(backend)
     if not eos:
         eos = [special[token] for token in END_OF_TEXT if token in special][:1]
@@ -152,8 +151,8 @@ def assign_roles(
             f"{where}: nothing says which token ends a text; name it as eos_token in tokenizer_config.json"
         )
     for id in (*eos, bos_id, pad_id):
-        if id is not None and not 0 <= id < size:
-            raise FtlabError(f"{where}: a special token has id {id}, but the vocabulary ends at {size - 1}")
+        if id is not None and (id < 0 or backend.id_to_token(id) is None):
+            raise FtlabError(f"{where}: a special token has id {id}, but the vocabulary ends at {ids_of(backend) - 1}")
     turns = {special[token] for token in END_OF_TURN if token in special}
     return SpecialTokens(eos[0], bos_id, eos[0] if pad_id is None else pad_id, frozenset(eos) | turns)
 
