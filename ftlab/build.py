@@ -56,7 +56,7 @@ from ftlab.training.averaging import Averaging
 from ftlab.training.hooks import Hook, Logged
 from ftlab.training.loop import Climb
 from ftlab.training.parallel import LossSum, Ranks
-from ftlab.training.precision import Precision, dtype_of
+from ftlab.training.precision import Precision, carried_out, dtype_of
 from ftlab.training.sharpness import climbed
 from ftlab.training.unfreezing import Unfreezing
 
@@ -185,7 +185,7 @@ def build_base(config: Config, tokenizer: Tokenizer, ranks: Ranks, labels: Label
     labels: what a classifier tells apart; None: a language model.
     """
     method = make_method(config.method, seed=config.training.seed)
-    dtype = dtype_of(config.precision.frozen if method.keeps_base else "fp32")
+    dtype = dtype_of(carried_out(config.precision, ranks.device).frozen if method.keeps_base else "fp32")
     if labels is None:
         return build_model(config, tokenizer, ranks, dtype=dtype), method
     base = classify.encoder(config, tokenizer, ranks, dtype) or build_model(

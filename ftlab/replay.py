@@ -27,14 +27,15 @@ def earlier_examples(
 
     Each run's records are read by its own configuration (its files, splits, limits and system message, not what it
     replayed itself), and encoded by this one's tokenizer, template, data.max_length and data.too_long. Ids begin with
-    the run's name.
+    the run's name, and with its place in the list if another has that name too.
 
     Errors: FtlabError naming the run: one that learnt conversations where this one learns labels or the reverse, other
     labels, data that changed since, and a record that is too long.
     """
     settings = config.regularizer.replay
     found: list[Example] = []
-    for source in settings.source if settings.share > 0 else ():
+    names = [Path(source).resolve().name for source in settings.source]
+    for number, source in enumerate(settings.source if settings.share > 0 else ()):
         run = Path(source)
         records, earlier = _records(run)
         try:
@@ -42,7 +43,8 @@ def earlier_examples(
             examples = encode(records)
         except FtlabError as error:
             raise FtlabError(f"regularizer.replay.source: {source}: {error}") from error
-        found += [replace(example, id=f"{run.resolve().name}/{example.id}") for example in examples]
+        name = names[number] if names.count(names[number]) == 1 else f"{names[number]}-{number + 1}"
+        found += [replace(example, id=f"{name}/{example.id}") for example in examples]
     if settings.share > 0 and not found:
         raise FtlabError(
             "regularizer.replay.source: no earlier example is left; look at data.max_length and data.too_long"

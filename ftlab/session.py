@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ftlab_kernels.check import KernelMismatchError
 
@@ -33,6 +32,7 @@ from ftlab.training.preflight import preflight, static_memory
 from ftlab.training.profiling import StepProfiler, window
 from ftlab.training.progress import Progress, memory_size
 from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, reset_peaks
+from ftlab.training.run_dir import differences, own_folder, set_aside
 from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, changed_inputs, seed_rng
 from ftlab.training.tracking import Tracker
@@ -47,52 +47,10 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
         with StopSignal() as stop, start_ranks(config.parallel) as ranks:
             reset_peaks(ranks.device)
             run_dir = run_folder(config, resolved)
-            with _own_folder(run_dir, ranks) as record:
+            with own_folder(run_dir, ranks) as record:
                 return _Session(config, resolved, run_dir, ranks, stop, record).whole()
     except Interrupted as interrupted:  # before the run had a folder, or by an impatient second signal
         return interrupted.exit_code
-
-
-@contextlib.contextmanager
-def _own_folder(run_dir: Path, ranks: Ranks) -> Iterator[RunRecord]:
-    """The run folder, made if missing, and locked against a second process that would write into it.
-
-    Only the main rank looks at the disk; the others are told, so that all of them decide alike.
-    """
-    problem: str | None = None
-    content: dict[str, Any] = {}
-    lock: IO[str] | None = None
-    if ranks.is_main:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock = (run_dir / ".lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = RunRecord(run_dir).content
-            if content.get("status") == "failed" and not _has_work(run_dir):
-                content = {}  # settings that did not work hold no folder
-        except BlockingIOError:
-            problem = f"another process is running in {run_dir}; wait for it, or give another run_dir"
-        except OSError as error:
-            problem = (
-                f"the run folder {run_dir} cannot be written ({error.strerror}); give another output_dir or run_dir"
-            )
-        except FtlabError as error:
-            problem = str(error)
-    problem, content = ranks.agree((problem, content))
-    if problem is not None:
-        raise FtlabError(problem)
-    record = RunRecord(run_dir, enabled=ranks.is_main, content=content)
-    try:
-        yield record
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _has_work(run_dir: Path) -> bool:
-    """Whether a run came as far as a measured value or a checkpoint."""
-    metrics = run_dir / "metrics.jsonl"
-    return (metrics.exists() and metrics.stat().st_size > 0) or any((run_dir / "checkpoints").glob("*"))
 
 
 @dataclass
@@ -134,6 +92,7 @@ class _Session:
         self.phase = _Phases(record, self.progress)
         self.tracker: Tracker | None = None
         self.warnings: list[str] = []
+        self.validated: Mapping[str, float] = {}  # the newest validation
 
     def tell(self, line: str) -> None:
         """A line for the user now, and for the report."""
@@ -167,6 +126,8 @@ class _Session:
     def run(self) -> None:
         """Everything from the first byte of data to the scores."""
         precision = Precision(self.config.precision, self.ranks.device)
+        if precision.note is not None:
+            self.tell(precision.note)
         tokenizer, data, loader = self._read_data()
         steps = build.total_steps(self.config, loader)
         schedule = make_schedule(self.config.schedule, steps)  # a schedule that cannot be is refused before the model
@@ -245,10 +206,13 @@ class _Session:
         """
         record, config = self.record, self.config
         if record.content and config.resume == "never":
-            self._set_aside()
+            if self.ranks.is_main:
+                self.progress.message(f"the earlier run was moved to {set_aside(self.run_dir)}")
+            record.content = {}
+            self.ranks.barrier()
         other = record.content.get("config_hash")
         if other not in (None, self.hash):
-            changed = ", ".join(_differences(record.content.get("config", {}), self.settled)[:5])
+            changed = ", ".join(differences(record.content.get("config", {}), self.settled)[:5])
             raise FtlabError(
                 f"{self.run_dir} holds a run with another configuration ({changed}); give another run_dir, or "
                 "resume=never to set that run aside"
@@ -266,20 +230,6 @@ class _Session:
             atomic_write(self.run_dir / "config.yaml", to_yaml(self.settled))
         self.progress.message(f"run folder {self.run_dir}")
         return True
-
-    def _set_aside(self) -> None:
-        """Move an earlier run out of the way; the lock file stays, because this process holds it."""
-        if self.ranks.is_main:
-            number = 1
-            while (aside := self.run_dir.with_name(f"{self.run_dir.name}.{number}")).exists():
-                number += 1
-            aside.mkdir()
-            for entry in self.run_dir.iterdir():
-                if entry.name != ".lock":
-                    entry.rename(aside / entry.name)
-            self.progress.message(f"the earlier run was moved to {aside}")
-        self.record.content = {}
-        self.ranks.barrier()
 
     def _build_model(self, tokenizer: Tokenizer, precision: Precision, data: build.DataSet) -> build.Built:
         if data.labels is not None and (line := classify.about_head(self.config, data.labels)):
@@ -460,7 +410,7 @@ class _Session:
                 measured = measurer.measure(
                     built.model, data.validation, records, bootstrap=100, progress=self.progress.count
                 )
-            values = measured.values()
+            self.validated = values = measured.values()
             run.tracker.log(step, "validation", values)
             self.progress.message(f"step {step}: validation " + _brief(measured))
             return values
@@ -536,6 +486,8 @@ class _Session:
             scores = {name: score["value"] for name, score in self.record.content["scores"]["final"].items()}
             self.tracker.log(counters.step, "test", scores)
             require_finite(scores)
+        elif not (config.checkpoint.load_best and counters.best_step >= 0):
+            require_finite(self.validated, "validation")
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -583,15 +535,3 @@ def _brief(measured: Measured) -> str:
     shown = ("loss", "exact_match", "token_f1", "rougeL", "accuracy", "subset_accuracy", "macro_f1", "mse", "pearson")
     values = measured.values()
     return ", ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``key: old -> new`` for each leaf that differs."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            lines += _differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            lines.append(f"{prefix}{key}: {before} -> {now}")
-    return lines

@@ -223,6 +223,7 @@ class _Kitchen:
 
         from ftlab.files import atomic_directory
         from ftlab.models.checkpoint import save_safetensors
+        from ftlab.training.record import writable
 
         if not self.ranks.is_main:
             return
@@ -230,7 +231,7 @@ class _Kitchen:
         with atomic_directory(Path(self.arguments.out)) as folder:
             save_safetensors(self.model, folder)
             self.first.tokenizer.save(folder)
-            (folder / "soup.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            (folder / "soup.json").write_text(json.dumps(writable(facts), indent=1) + "\n", encoding="utf-8")
         print(f"written to {self.arguments.out}; model.location={self.arguments.out} starts from it")
 
 

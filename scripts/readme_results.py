@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from ftlab.files import atomic_write  # noqa: E402
 
-__all__ = ["block", "main", "make_record", "rewrite", "table"]
+__all__ = ["block", "main", "make_record", "rewrite", "table", "without_bf16"]
 
 BLOCK = re.compile(r"(<!-- results:(?P<name>\w+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
 METRICS = {  # the first that a run has is the one that is quoted alone
@@ -91,7 +91,13 @@ def machine(device: Any) -> str:
     ranks = f", {device['world_size']} processes" if device.get("world_size", 1) > 1 else ""
     if device.get("kind") == "cuda":
         return f"{device['name']}{ranks}"
-    return f"{device['name']}, {device['threads']} threads, {device['memory_bytes'] / 2**30:.0f} GiB{ranks}"
+    threads = f"{device['threads']} thread{'s' if device['threads'] > 1 else ''}"
+    return f"{device['name']}{without_bf16(device)}, {threads}, {device['memory_bytes'] / 2**30:.0f} GiB{ranks}"
+
+
+def without_bf16(device: dict[str, Any]) -> str:
+    """What precision=bf16 meant there; a record of before it was noted is of a processor that has it."""
+    return "" if device.get("bf16", True) else " (bf16 carried out as fp32)"
 
 
 def table(record: dict[str, Any]) -> str:

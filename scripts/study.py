@@ -41,6 +41,7 @@ DOCS = ROOT / "docs"
 RESULTS = DOCS / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from readme_results import without_bf16  # noqa: E402
 from study_definitions import SEEDS, STUDIES, TUNING_SEED, Entry, Study  # noqa: E402
 
 from ftlab.errors import DivergenceError  # noqa: E402
@@ -312,7 +313,8 @@ def how(record: dict[str, Any], *, memory: bool = True) -> list[str]:
     """The section that says where a page's figures come from. memory: the page has a column of GiB."""
     gib = "; GiB: peak memory of the process" if memory else ""
     dirty = ", with uncommitted changes" if record["dirty"] else ""
-    where = f"on {record['device']['name']}, torch {record['packages']['torch']}, one thread a run"
+    machine = f"{record['device']['name']}{without_bf16(record['device'])}"
+    where = f"on {machine}, torch {record['packages']['torch']}, one thread a run"
     return [
         "",
         "## How",

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from study import command, commit, how, interval, of, spread, wrapped, write_page, write_sentences  # noqa: E402
-from study_definitions import NOISE, SEEDS  # noqa: E402
+from study_definitions import PHRASES, SEEDS  # noqa: E402
 
 from ftlab.files import atomic_write  # noqa: E402
 
@@ -45,7 +45,7 @@ OTHER_WORDS = (
 OTHER_KEYS = {word.partition("=")[0] for word in OTHER_WORDS}
 # The run whose data the others are asked about; its one step is not used.
 ELSEWHERE = (
-    *(word for word in NOISE.common if word.partition("=")[0] not in OTHER_KEYS),
+    *(word for word in PHRASES if word.partition("=")[0] not in OTHER_KEYS),
     *(*OTHER_WORDS, "training.seed=0"),
 )
 # Row -> whether it is of the four other runs, and what ftlab.soup is told beside the runs; None: the run as it is.
@@ -63,7 +63,7 @@ class Kitchen:
     """The runs and what is made of them, each measured once, in a folder of this commit and these words."""
 
     def __init__(self, work: Path) -> None:
-        words = json.dumps([commit(), NOISE.common, ELSEWHERE, ROWS, EXAMPLES])
+        words = json.dumps([commit(), PHRASES, ELSEWHERE, ROWS, EXAMPLES])
         self.folder = work / hashlib.sha256(words.encode()).hexdigest()[:16]
 
     def run_dir(self, seed: int) -> Path:
@@ -80,7 +80,7 @@ class Kitchen:
 
     def learn(self, seed: int) -> dict[str, Any]:
         """One of the runs that are mixed."""
-        return self.train(self.run_dir(seed), [*NOISE.common, f"training.seed={seed}"])
+        return self.train(self.run_dir(seed), [*PHRASES, f"training.seed={seed}"])
 
     def measure(self, row: str, seed: int) -> dict[str, Any]:
         """Scores of a row's weights for a seed: of the task, and the loss elsewhere."""
@@ -141,7 +141,7 @@ def study(work: Path, jobs: int) -> dict[str, Any]:
         "command": f"python scripts/study_soups.py --run --jobs {jobs}",
         **{key: records[0][key] for key in keys},
         "dirty": any(record["dirty"] for record in records),
-        "common": list(NOISE.common),
+        "common": list(PHRASES),
         "elsewhere": list(ELSEWHERE),
         "examples": EXAMPLES,
         "base": base.result(),

@@ -103,6 +103,9 @@ def test_a_run_that_diverges_says_so_and_leaves_a_report(tmp_path: Path, capsys:
     assert evaluate.main([f"run={run_dir}", "base=also", f"out={out}"]) == 0
     assert re.search(r"^accuracy +\S+ \(.*\) +nan$", capsys.readouterr().out, re.MULTILINE)
     assert json.loads(out.read_text())["scores"]["after"]["accuracy"]["low"] == "nan"
+    last = ["evaluation.test=false", "checkpoint.load_best=false", f"run_dir={tmp_path / 'untested'}"]
+    assert train.main([*TINY, *wild, *last]) == 3
+    assert "scores on the validation split are not finite (loss, accuracy, " in capsys.readouterr().err
 
 
 def test_it_learns(tmp_path: Path) -> None:
@@ -168,7 +171,10 @@ def test_r_drop_is_part_of_what_a_classifier_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", [("tiny_bert_random", "lora_bert"), ("tiny_random", "lora")])
-def test_a_frozen_body_may_be_narrower_than_its_head(model: tuple[str, str], tmp_path: Path) -> None:
+def test_a_frozen_body_may_be_narrower_than_its_head(
+    model: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FTLAB_BF16", "always")
     words = [f"model={model[0]}", f"method={model[1]}", "precision=fp32", "precision.frozen=bf16"]
     record = trained(tmp_path / "run", *words, "training.max_steps=2", "evaluation.times=1")
     assert record["steps"] == 2
@@ -176,7 +182,10 @@ def test_a_frozen_body_may_be_narrower_than_its_head(model: tuple[str, str], tmp
 
 
 @pytest.mark.parametrize("method", ["bitfit", "linear_probe", "freeze", "full", "lora_bert", "gradual_unfreeze"])
-def test_in_half_precision_what_trains_is_wider_than_what_is_frozen(method: str, tmp_path: Path) -> None:
+def test_in_half_precision_what_trains_is_wider_than_what_is_frozen(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FTLAB_BF16", "always")
     words = [f"method={method}", "precision=bf16", "training.max_steps=3", "evaluation.times=1"]
     record = trained(tmp_path / "run", *words, "evaluation.baseline=false")
     assert record["steps"] == 3

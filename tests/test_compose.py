@@ -402,7 +402,7 @@ def test_a_mistake_ends_the_program_quickly(argv: tuple[str, ...]) -> None:
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
-    with open(tmp_path / "help.txt", "w+", encoding="utf-8") as page:
+    with (tmp_path / "help.txt").open("w+", encoding="utf-8") as page:
         process = subprocess.Popen([sys.executable, "-m", "ftlab.train", "--help"], cwd=ROOT, stdout=page)
         # Of this process alone: RUSAGE_CHILDREN also counts whatever other child is collected meanwhile.
         _, status, used = os.wait4(process.pid, 0)

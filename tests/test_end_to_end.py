@@ -270,7 +270,8 @@ def test_an_unwritable_folder_is_said_before_any_work(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_evaluate_in_bf16_scores_what_training_scored(tmp_path: Path) -> None:
+def test_evaluate_in_bf16_scores_what_training_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTLAB_BF16", "always")
     done = run("run_dir=run", "precision=bf16", "training.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     words = ["run=run", "base=also", "out=again.json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def test_what_is_replayed_is_the_earlier_runs_training_data_in_this_runs_words(f
     assert [example.content[1:] for example in data.replayed] == [example.content[1:] for example in own]
     assert "Be brief." in tokenizer.decode(list(data.replayed[0].token_ids))
     assert len(build.build_loader(config, data, tokenizer).examples) == len(data.train) + 6
+
+
+def test_runs_of_one_name_give_no_two_examples_one_id(first: Path, tmp_path: Path) -> None:
+    shutil.copytree(first, tmp_path / "first")
+    replay = ["regularizer=replay", f"regularizer.replay.source=[{first},{tmp_path}/first]"]
+    config, _ = compose([*FIXED, *other(tmp_path), *replay])
+    replayed = build.build_data(config, build.build_tokenizer(config)).replayed
+    assert {example.id.partition("/")[0] for example in replayed} == {"first-1", "first-2"}
+    assert len({example.id for example in replayed}) == len(replayed) == 12
 
 
 def test_a_run_with_it_can_be_evaluated_from_any_folder(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ftlab import build, evaluate
@@ -123,6 +124,16 @@ def test_the_losses_are_those_of_the_runs(runs: Path, tmp_path: Path, capsys: py
     assert f"{expected:.4f}  {runs / 'one'}" in capsys.readouterr().out
 
 
+def test_the_facts_of_a_run_that_diverged_are_json(runs: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(runs / "two", tmp_path / "broken")
+    state = full(tmp_path, "broken")
+    too_much = {name: torch.full_like(tensor, 1e30) for name, tensor in state.items()}
+    save_file(too_much, broken / "model/model.safetensors", {"format": "pt"})
+    assert main([f"runs=[{runs / 'one'},{broken}]", f"out={tmp_path / 'out'}", "kind=greedy"]) == 0
+    facts = json.loads((tmp_path / "out/soup.json").read_text(), parse_constant=pytest.fail)
+    assert facts["validation_loss"]["runs"][str(broken)] == "nan"
+
+
 def scored(run: Path, *words: str) -> float:
     out = run.parent / "scores.json"
     assert evaluate.main([f"run={run}", "split=validation", f"out={out}", *words]) == 0
@@ -138,7 +149,9 @@ def test_a_soup_and_another_run_are_scored_on_the_data_of_a_run(runs: Path, tmp_
     assert len({round(scored(runs / "one", f"model={runs / name}"), 4) for name in ("one/model", "two/model")}) == 2
 
 
-def test_a_whole_model_and_the_base_beside_it_are_stored_alike(runs: Path) -> None:
+def test_a_whole_model_and_the_base_beside_it_are_stored_alike(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTLAB_BF16", "always")
+
     def dtypes(**how: Any) -> set[torch.dtype]:
         return {parameter.dtype for parameter in open_run(runs / "half", **how).model.parameters()}
 

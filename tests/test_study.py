@@ -440,7 +440,7 @@ def test_soups_are_of_the_other_runs_and_all_are_asked_twice(
 
 
 def test_the_runs_of_the_soups_compose(soups: ModuleType) -> None:
-    for words in ([*soups.NOISE.common, "training.seed=0"], soups.ELSEWHERE):
+    for words in ([*soups.PHRASES, "training.seed=0"], soups.ELSEWHERE):
         config, _ = compose(words)
         validate(config)
     assert config.data.name == "hpo-define"

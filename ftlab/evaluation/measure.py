@@ -58,13 +58,13 @@ class Measured:
         return {name: score.value for name, score in self.scores.items()}
 
 
-def require_finite(scores: Mapping[str, float]) -> None:
+def require_finite(scores: Mapping[str, float], split: str = "test") -> None:
     """Errors: DivergenceError if a score of the trained model is not finite; perplexity overflows before the loss."""
     broken = [name for name, value in scores.items() if name != "perplexity" and not math.isfinite(value)]
     if broken:
         raise DivergenceError(
-            f"the trained model's scores on the test split are not finite ({', '.join(broken)}); lower optimizer.lr or "
-            "set optimizer.max_grad_norm"
+            f"the trained model's scores on the {split} split are not finite ({', '.join(broken)}); lower optimizer.lr "
+            "or set optimizer.max_grad_norm"
         )
 
 

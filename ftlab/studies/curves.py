@@ -75,7 +75,7 @@ def panels_of(run: RunFolder) -> list[Panel]:
             [curve("train", "loss"), curve("validation", "loss", dots=True)],
         ),
         Panel(
-            "Validation scores (0 to 100)",
+            "Validation scores (up to 100)",
             [curve("validation", k, NAMES.get(k, k), True) for k in (*SCORES, *LABEL_SCORES)],
             True,
         ),

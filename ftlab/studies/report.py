@@ -319,8 +319,9 @@ def _scores_note(record: Mapping[str, Any]) -> str:
     if not base and not final:
         return "The test split was not scored."
     parts = [
-        "Scores of answers are on 0 to 100; below each stands its 95 % interval over the test records. The interval of "
-        "the difference compares both models on the same records. None of them covers the spread over training seeds."
+        "Scores are on 0 to 100, correlations and MCC on -100 to 100; loss, perplexity and MSE are what they are. "
+        "Below each stands its 95 % interval over the test records. The interval of the difference compares both "
+        "models on the same records. None of them covers the spread over training seeds."
     ]
     if not base:
         parts.append("The untouched model was not scored, so there is no before.")

@@ -2,13 +2,18 @@
 
 What trains is stored in fp32 always, so that a small update is never rounded away; what is frozen is stored in
 `frozen`; matrix products run in `compute` under autocast.
+
+A processor without instructions for bf16 is given fp32 in its place: torch's products of bf16 are many times slower
+than those of fp32 there. FTLAB_BF16=always keeps bf16, for the sake of memory or of the same rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +21,7 @@ from torch import Tensor, nn
 from ftlab.config import PrecisionConfig
 from ftlab.errors import ConfigError
 
-__all__ = ["Precision", "dtype_of"]
+__all__ = ["Precision", "carried_out", "dtype_of", "keeps_bf16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,14 +31,40 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def keeps_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed as bf16: not on a CPU for which oneDNN has no products of it, unless that is wished."""
+    if device.type != "cpu" or os.environ.get("FTLAB_BF16") == "always":
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def carried_out(config: PrecisionConfig, device: torch.device) -> PrecisionConfig:
+    """What of the settings a device is given: bf16 becomes fp32 where it is slow, stored weights included.
+
+    Weights stored in bf16 would make their products bf16 too, whatever `compute` is.
+    """
+    narrow = "bf16" in (config.compute, config.frozen)
+    return replace(config, compute="fp32", frozen="fp32") if narrow and not keeps_bf16(device) else config
+
+
 class Precision:
-    """Autocast, storage dtypes and the gradient scaler (enabled for fp16 alone)."""
+    """Autocast, storage dtypes and the gradient scaler (enabled for fp16 alone).
+
+    note: what the user should know of it; None for nothing.
+    """
 
     def __init__(self, config: PrecisionConfig, device: torch.device, *, allow_cpu_fp16: bool = False) -> None:
         if config.compute == "fp16" and device.type == "cpu" and not allow_cpu_fp16:
             raise ConfigError(
                 "precision.compute=fp16 on a CPU: its half-precision products are up to a hundred times slower than "
                 "bf16's; use precision=bf16 or precision=fp32"
+            )
+        asked, config = config, carried_out(config, device)
+        self.note: str | None = None
+        if config != asked:
+            self.note = (
+                "this processor has no instructions for bf16 and is many times faster in fp32, so bf16 is carried out "
+                "as fp32, which takes more memory; FTLAB_BF16=always keeps bf16"
             )
         self.compute = dtype_of(config.compute)
         self.frozen = dtype_of(config.frozen)

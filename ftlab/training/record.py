@@ -21,6 +21,7 @@ import torch
 from ftlab.allocator import allocator_name
 from ftlab.errors import FtlabError
 from ftlab.files import atomic_write
+from ftlab.training.precision import keeps_bf16
 
 __all__ = ["RunRecord", "describe_machine", "peak_device_bytes", "peak_rss_bytes", "reset_peaks", "writable"]
 
@@ -74,6 +75,7 @@ def describe_machine(device: torch.device, world: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "allocator": allocator_name(),
+        "bf16": keeps_bf16(device),
         "world_size": world,
     }
 

@@ -24,7 +24,8 @@ def assert_moved(drifted: float) -> None:
     assert drifted == pytest.approx(0.1, rel=1e-3)
 
 
-def test_stored_dtypes() -> None:
+def test_stored_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTLAB_BF16", "always")
     for config in (FullConfig(), LoRAConfig()):
         model = tiny_llama().bfloat16()
         make_method(config, seed=0).apply(model)

@@ -1,0 +1,74 @@
+"""What a device is given of the dtypes that were asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftlab import evaluate
+from ftlab.compose import compose
+from ftlab.config import PrecisionConfig
+from ftlab.session import train
+from ftlab.training.precision import Precision, keeps_bf16
+from ftlab.training.record import describe_machine
+
+CPU = torch.device("cpu")
+BF16 = PrecisionConfig(compute="bf16", frozen="bf16")
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without instructions for bf16."""
+    monkeypatch.delenv("FTLAB_BF16", raising=False)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+
+
+def dtypes(config: PrecisionConfig) -> tuple[torch.dtype, torch.dtype]:
+    precision = Precision(config, CPU)
+    return precision.compute, precision.frozen
+
+
+@pytest.mark.parametrize(
+    "config", [BF16, PrecisionConfig(compute="bf16"), PrecisionConfig(frozen="bf16")], ids=["both", "compute", "frozen"]
+)
+def test_bf16_is_carried_out_as_fp32_where_it_is_slow(config: PrecisionConfig, slow: None) -> None:
+    assert dtypes(config) == (torch.float32, torch.float32)
+    assert "FTLAB_BF16=always keeps bf16" in str(Precision(config, CPU).note)
+    assert describe_machine(CPU, 1)["bf16"] is False
+
+
+def test_it_is_kept_where_that_is_wished(slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTLAB_BF16", "always")
+    assert dtypes(BF16) == (torch.bfloat16, torch.bfloat16)
+    assert Precision(BF16, CPU).note is None
+    assert describe_machine(CPU, 1)["bf16"] is True
+
+
+def test_fp32_needs_no_note(slow: None) -> None:
+    assert Precision(PrecisionConfig(), CPU).note is None
+    assert keeps_bf16(torch.device("cuda")), "of a GPU torch says by itself what it lacks"
+
+
+def test_where_onednn_has_it_bf16_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FTLAB_BF16", raising=False)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert dtypes(BF16) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_a_run_says_so_and_is_the_run_in_fp32(tmp_path: Path, slow: None) -> None:
+    words = ["+experiment=full_tiny", "tracking=disabled", "training.max_steps=3", "method=lora"]
+    scores = []
+    for name in ("fp32", "bf16"):
+        assert train(*compose([*words, f"precision={name}", f"run_dir={tmp_path / name}"])) == 0
+        record = json.loads((tmp_path / name / "run.json").read_text("utf-8"))
+        assert any("bf16 is carried out as fp32" in line for line in record["warnings"]) == (name == "bf16")
+        assert record["config"]["precision"]["compute"] == name, "what was asked for stays in the configuration"
+        scores.append(record["scores"])
+        assert evaluate.main([f"run={tmp_path / name}", f"out={tmp_path / name}.json", "base=no"]) == 0
+        again = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+        assert again["scores"]["after"]["loss"]["value"] == record["scores"]["final"]["loss"]["value"]
+    assert scores[0] == scores[1]
