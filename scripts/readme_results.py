@@ -96,8 +96,8 @@ def machine(device: Any) -> str:
 
 
 def without_bf16(device: dict[str, Any]) -> str:
-    """What precision=bf16 meant there; a record of before it was noted is of a processor that has it."""
-    return "" if device.get("bf16", True) else " (bf16 carried out as fp32)"
+    """That precision=bf16 is carried out in fp32 there. What noted nothing yet computed in bf16."""
+    return "" if device.get("bf16", True) else " without bf16"
 
 
 def table(record: dict[str, Any]) -> str:

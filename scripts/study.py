@@ -81,6 +81,8 @@ class Runs:
         if record is None:
             return {"validation_loss": None}
         self.first = self.first or record
+        if machine_of(record) != machine_of(self.first):
+            raise SystemExit(f"{file} was made on another kind of machine; remove it, or give another --work")
         return {**kept(record), **more}
 
     def make(self, words: list[str], file: Path, folder: Path, *, may_diverge: bool) -> None:
@@ -95,6 +97,11 @@ class Runs:
             content = "null"
         atomic_write(file, content)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def machine_of(record: dict[str, Any]) -> str:
+    """The processor in words, of a run or of a record."""
+    return f"{record['device']['name']}{without_bf16(record['device'])}"
 
 
 def command(module: str, words: Sequence[str]) -> None:
@@ -313,8 +320,7 @@ def how(record: dict[str, Any], *, memory: bool = True) -> list[str]:
     """The section that says where a page's figures come from. memory: the page has a column of GiB."""
     gib = "; GiB: peak memory of the process" if memory else ""
     dirty = ", with uncommitted changes" if record["dirty"] else ""
-    machine = f"{record['device']['name']}{without_bf16(record['device'])}"
-    where = f"on {machine}, torch {record['packages']['torch']}, one thread a run"
+    where = f"on {machine_of(record)}, torch {record['packages']['torch']}, one thread a run"
     return [
         "",
         "## How",

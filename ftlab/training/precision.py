@@ -35,7 +35,8 @@ def keeps_bf16(device: torch.device) -> bool:
     """Whether bf16 is computed as bf16: not on a CPU for which oneDNN has no products of it, unless that is wished."""
     if device.type != "cpu" or os.environ.get("FTLAB_BF16") == "always":
         return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch leaves it out
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def carried_out(config: PrecisionConfig, device: torch.device) -> PrecisionConfig:
