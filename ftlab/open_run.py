@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,9 @@ def open_run(
         method.apply(model)
         method.load(model, folder)
     precision = Precision(config.precision, ranks.device)
+    if ranks.is_main and precision.dtypes != (then := record.get("dtypes", precision.dtypes)):
+        now = " and ".join(precision.dtypes)
+        print(f"{run_dir}: products and frozen weights were {' and '.join(then)}, here they are {now}", file=sys.stderr)
     precision.store(model)
     model.use(select("auto", ranks.device)[0])  # whatever the run was trained with: this may be another machine
     model.requires_grad_(False)

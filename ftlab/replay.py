@@ -27,7 +27,7 @@ def earlier_examples(
 
     Each run's records are read by its own configuration (its files, splits, limits and system message, not what it
     replayed itself), and encoded by this one's tokenizer, template, data.max_length and data.too_long. Ids begin with
-    the run's name, and with its place in the list if another has that name too.
+    the run's name, before it the run's place in the list if two have one name.
 
     Errors: FtlabError naming the run: one that learnt conversations where this one learns labels or the reverse, other
     labels, data that changed since, and a record that is too long.
@@ -43,7 +43,7 @@ def earlier_examples(
             examples = encode(records)
         except FtlabError as error:
             raise FtlabError(f"regularizer.replay.source: {source}: {error}") from error
-        name = names[number] if names.count(names[number]) == 1 else f"{names[number]}-{number + 1}"
+        name = names[number] if len(set(names)) == len(names) else f"{number + 1}-{names[number]}"
         found += [replace(example, id=f"{name}/{example.id}") for example in examples]
     if settings.share > 0 and not found:
         raise FtlabError(

@@ -35,7 +35,7 @@ from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, 
 from ftlab.training.run_dir import differences, own_folder, set_aside
 from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, changed_inputs, seed_rng
-from ftlab.training.tracking import Tracker
+from ftlab.training.tracking import Tracker, logged
 from ftlab.training.unfreezing import Unfreezing
 
 __all__ = ["train"]
@@ -92,7 +92,6 @@ class _Session:
         self.phase = _Phases(record, self.progress)
         self.tracker: Tracker | None = None
         self.warnings: list[str] = []
-        self.validated: Mapping[str, float] = {}  # the newest validation
 
     def tell(self, line: str) -> None:
         """A line for the user now, and for the report."""
@@ -126,8 +125,14 @@ class _Session:
     def run(self) -> None:
         """Everything from the first byte of data to the scores."""
         precision = Precision(self.config.precision, self.ranks.device)
+        if any(dtypes != precision.dtypes for dtypes in self.ranks.gather(precision.dtypes)):
+            raise FtlabError(
+                "some processes have a processor that computes in bf16 and some have not; give precision=fp32, or "
+                "FTLAB_BF16=always to all of them"
+            )
         if precision.note is not None:
             self.tell(precision.note)
+        self.record.update(dtypes=precision.dtypes)
         tokenizer, data, loader = self._read_data()
         steps = build.total_steps(self.config, loader)
         schedule = make_schedule(self.config.schedule, steps)  # a schedule that cannot be is refused before the model
@@ -410,7 +415,7 @@ class _Session:
                 measured = measurer.measure(
                     built.model, data.validation, records, bootstrap=100, progress=self.progress.count
                 )
-            self.validated = values = measured.values()
+            values = measured.values()
             run.tracker.log(step, "validation", values)
             self.progress.message(f"step {step}: validation " + _brief(measured))
             return values
@@ -486,8 +491,10 @@ class _Session:
             scores = {name: score["value"] for name, score in self.record.content["scores"]["final"].items()}
             self.tracker.log(counters.step, "test", scores)
             require_finite(scores)
-        elif not (config.checkpoint.load_best and counters.best_step >= 0):
-            require_finite(self.validated, "validation")
+        elif data.validation:
+            best = config.checkpoint.load_best and counters.best_step >= 0
+            step = counters.best_step if best else counters.validated_step
+            require_finite(self.ranks.agree(logged(self.run_dir, step, "validation")), "validation")
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -133,7 +134,7 @@ def contestant(overrides: list[str], ranks: Ranks) -> Callable[[int], float]:
     data = build.build_data(config, tokenizer)
     loader: RowLoader = build.build_loader(config, data, tokenizer)
     precision = Precision(config.precision, ranks.device)
-    base, method = build.build_base(config, tokenizer, ranks)
+    base, method = build.build_base(config, tokenizer, ranks, None)
     built = build.build_training(config, base, method, precision)
     base.train()
     replica = Replica(base, built.objective, ranks)
@@ -216,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     if min(chosen.repeats, chosen.rounds) < 1:
         parser.error("--repeats and --rounds are at least 1")
+    os.environ["FTLAB_BF16"] = "always"  # the steps as the operations, on any processor
     started = beginning()
     config, _ = compose(["model=tiny_random", "data=capitals", "parallel.device=cpu"])
     with start_ranks(config.parallel) as ranks:

@@ -80,7 +80,9 @@ def words(model: str, arm: Sequence[str], tiny: bool) -> list[str]:
 def run_arm(given: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train in a process of its own: seconds of a step, memory in bytes, and run.json."""
     command = [sys.executable, "-m", "ftlab.train", *given, f"run_dir={folder}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "FTLAB_BF16": "always"}
+    )
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
         raise BenchError(f"{shlex.join(given)}: {said[-1] if said else 'it said nothing'}")

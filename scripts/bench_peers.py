@@ -97,6 +97,7 @@ def start(command: Sequence[str], work: Path, settings: Settings, what: str) -> 
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",  # LitGPT takes a GPU that it sees
+        "FTLAB_BF16": "always",  # as the others, on any processor
     }
     with log.open("wb") as output:
         done = subprocess.run(command, cwd=work, env=environment, stdout=output, stderr=output, check=False)

@@ -47,7 +47,10 @@ from study_definitions import SEEDS, STUDIES, TUNING_SEED, Entry, Study  # noqa:
 from ftlab.errors import DivergenceError  # noqa: E402
 from ftlab.files import atomic_write  # noqa: E402
 
-__all__ = ["Runs", "choose", "climb", "command", "commit", "how", "interval", "main", "of", "page", "spread", "study"]
+__all__ = [
+    *("Runs", "choose", "climb", "command", "commit", "how", "interval", "machine_of", "main", "of", "page", "spread"),
+    "study",
+]
 
 BLOCK = re.compile(r"(<!-- study:(?P<name>\w+):(?P<row>[^>]+) -->\n).*?(<!-- /study -->)", re.DOTALL)
 # Two-sided 95 % quantile of Student's t by degrees of freedom: few seeds, so the normal one would be too narrow.

@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study import climb, command, commit, how, interval, of, spread, wrapped, write_page, write_sentences  # noqa: E402
+from study import climb, command, commit, how, interval, machine_of, of, spread, wrapped, write_page, write_sentences  # noqa: E402
 from study_definitions import SEEDS, TUNING_SEED, UPPER_HALF  # noqa: E402
 
 from ftlab.errors import DivergenceError  # noqa: E402
@@ -401,7 +401,7 @@ def page(record: dict[str, Any]) -> str:
         *how({**first[0], "dirty": dirty, "command": record["command"], "common": record["common"]}),
         "",
     ]
-    made = {(run["commit"][:10], run["device"]["name"]) for row in record["rows"] for run in row["runs"]}
+    made = {(run["commit"][:10], machine_of(run)) for row in record["rows"] for run in row["runs"]}
     if len(made) > 1:
         lines += [f"Commits and machines of the runs: {'; '.join(' on '.join(pair) for pair in sorted(made))}.", ""]
     lines += [f"- {name}: `{shlex.join(words)}`" for name, words in record["tasks"].items()]

@@ -90,7 +90,7 @@ def test_runs_of_one_name_give_no_two_examples_one_id(first: Path, tmp_path: Pat
     replay = ["regularizer=replay", f"regularizer.replay.source=[{first},{tmp_path}/first]"]
     config, _ = compose([*FIXED, *other(tmp_path), *replay])
     replayed = build.build_data(config, build.build_tokenizer(config)).replayed
-    assert {example.id.partition("/")[0] for example in replayed} == {"first-1", "first-2"}
+    assert {example.id.partition("/")[0] for example in replayed} == {"1-first", "2-first"}
     assert len({example.id for example in replayed}) == len(replayed) == 12
 
 

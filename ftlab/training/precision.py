@@ -51,7 +51,7 @@ def carried_out(config: PrecisionConfig, device: torch.device) -> PrecisionConfi
 class Precision:
     """Autocast, storage dtypes and the gradient scaler (enabled for fp16 alone).
 
-    note: what the user should know of it; None for nothing.
+    note: what the user should know of it; None for nothing. dtypes: the names of `compute` and `frozen`.
     """
 
     def __init__(self, config: PrecisionConfig, device: torch.device, *, allow_cpu_fp16: bool = False) -> None:
@@ -69,6 +69,7 @@ class Precision:
             )
         self.compute = dtype_of(config.compute)
         self.frozen = dtype_of(config.frozen)
+        self.dtypes = [config.compute, config.frozen]
         self.device = device
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=config.init_scale, enabled=self.compute == torch.float16

@@ -127,6 +127,7 @@ class TrainState:
             "weights": self.trainable(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
+            "precision": self.precision.dtypes,
             "rng": rng_by_rank,
             "inputs": self.inputs,
             "penalties": self.penalty_fingerprints,
@@ -159,13 +160,20 @@ class TrainState:
             self.precision.scaler.load_state_dict(saved["scaler"])
         self.counters = Counters(**saved["counters"])
         self.memory = saved["memory"]
+        told = []
+        if (before := saved.get("precision", self.precision.dtypes)) != self.precision.dtypes:
+            told.append(
+                f"so far products and frozen weights were {' and '.join(before)}, from here on they are "
+                f"{' and '.join(self.precision.dtypes)}: another processor, or FTLAB_BF16"
+            )
         if world == saved["world"]:
             restore_rng(saved["rng"][rank])
-            return []
+            return told
         seed_rng(self.counters.step, rank, world, self.counters.data_digest)
         return [
+            *told,
             f"resumed with {world} rank(s) a run that had {saved['world']}: the data go on in the same order, but "
-            "dropout masks cannot be the same"
+            "dropout masks cannot be the same",
         ]
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:

@@ -64,6 +64,14 @@ def restore_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
     return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in line.items()}
 
 
+def logged(run_dir: Path, step: int, split: str) -> dict[str, float]:
+    """The numbers that metrics.jsonl has of a step; none if it has no such line."""
+    lines = [line for _, line in _parsed_lines(run_dir / MirrorFiles.metrics)]
+    none: dict[str, Any] = {}
+    found = next((line for line in reversed(lines) if (line["step"], line["split"]) == (step, split)), none)
+    return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+
+
 def _writable(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -11,7 +11,9 @@ import torch
 from ftlab import evaluate
 from ftlab.compose import compose
 from ftlab.config import PrecisionConfig
+from ftlab.errors import FtlabError
 from ftlab.session import train
+from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, keeps_bf16
 from ftlab.training.record import describe_machine
 
@@ -23,7 +25,8 @@ BF16 = PrecisionConfig(compute="bf16", frozen="bf16")
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor without instructions for bf16."""
     monkeypatch.delenv("FTLAB_BF16", raising=False)
-    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
 
 
 def dtypes(config: PrecisionConfig) -> tuple[torch.dtype, torch.dtype]:
@@ -52,6 +55,13 @@ def test_fp32_needs_no_note(slow: None) -> None:
     assert keeps_bf16(torch.device("cuda")), "of a GPU torch says by itself what it lacks"
 
 
+def test_without_onednn_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FTLAB_BF16", raising=False)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert dtypes(BF16) == (torch.float32, torch.float32)
+
+
 def test_where_onednn_has_it_bf16_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FTLAB_BF16", raising=False)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
@@ -68,7 +78,35 @@ def test_a_run_says_so_and_is_the_run_in_fp32(tmp_path: Path, slow: None) -> Non
         assert any("bf16 is carried out as fp32" in line for line in record["warnings"]) == (name == "bf16")
         assert record["config"]["precision"]["compute"] == name, "what was asked for stays in the configuration"
         scores.append(record["scores"])
+        assert record["dtypes"] == ["fp32", "fp32"]
         assert evaluate.main([f"run={tmp_path / name}", f"out={tmp_path / name}.json", "base=no"]) == 0
         again = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
         assert again["scores"]["after"]["loss"]["value"] == record["scores"]["final"]["loss"]["value"]
     assert scores[0] == scores[1]
+
+
+def test_going_on_in_other_dtypes_is_told(
+    tmp_path: Path, slow: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    words = ["+experiment=full_tiny", "tracking=disabled", "training.max_steps=4", "precision=bf16"]
+    words += ["checkpoint.every_steps=2", "checkpoint.keep_last=9", "evaluation=loss_only"]
+    assert train(*compose([*words, f"run_dir={run_dir}"])) == 0
+    assert evaluate.main([f"run={run_dir}", "base=no"]) == 0
+    assert "here they are" not in capsys.readouterr().err
+
+    monkeypatch.setenv("FTLAB_BF16", "always")
+    resume = f"resume={run_dir}/checkpoints/step-00000002"
+    assert train(*compose([*words, f"run_dir={tmp_path}/again", resume])) == 0
+    warnings = json.loads((tmp_path / "again/run.json").read_text("utf-8"))["warnings"]
+    assert any("were fp32 and fp32, from here on they are bf16 and bf16" in line for line in warnings)
+    assert evaluate.main([f"run={run_dir}", "base=no"]) == 0
+    assert "were fp32 and fp32, here they are bf16 and bf16" in capsys.readouterr().err
+
+
+def test_processes_on_unlike_processors_are_refused(
+    tmp_path: Path, slow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, ["bf16", "bf16"]])
+    with pytest.raises(FtlabError, match="some processes have a processor that computes in bf16"):
+        train(*compose(["+experiment=full_tiny", "tracking=disabled", "precision=bf16", f"run_dir={tmp_path}"]))
