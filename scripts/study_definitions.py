@@ -304,6 +304,7 @@ REGULARIZERS = Study(
         ),
     ),
 )
+
 NOISE = Study(
     title="Noise inside the model",
     subject="MiniLM, all weights, definition to organ system",

@@ -372,8 +372,8 @@ def test_cfg_prints_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["defaults", "searchpath", "config"])
-def test_info(kind: str) -> None:
-    done = ftlab_train("--info", kind)
+def test_info(kind: str, tmp_path: Path) -> None:
+    done, _ = ftlab_train(tmp_path, "--info", kind)
     assert done.returncode == 0
     assert "hydra" in done.stdout or "optimizer" in done.stdout
 
@@ -381,44 +381,40 @@ def test_info(kind: str) -> None:
 # --- as a program -----------------------------------------------------------------------------------------------------
 
 
-def ftlab_train(*argv: str) -> subprocess.CompletedProcess[str]:
+def ftlab_train(folder: Path, *argv: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """How the program ended, and its seconds of the processor: not of the clock, another test may run beside this one.
+
+    Of this process alone: RUSAGE_CHILDREN also counts whatever other child is collected meanwhile.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "FTLAB_DEBUG"}
     command = [sys.executable, "-m", "ftlab.train", *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    with (folder / "out.txt").open("w+", encoding="utf-8") as out, (folder / "err.txt").open("w+") as err:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        done = subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
+    return done, used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize(
     "argv", [("training.max_steps=1", "schedule.warmup_steps=1"), ("-m", "method.rank=4,8", "schedule=cosine,lineer")]
 )
 def test_a_mistake_ends_the_program_quickly(argv: tuple[str, ...], tmp_path: Path) -> None:
-    code, seconds, told = measured(tmp_path, *argv)
+    done, seconds = ftlab_train(tmp_path, *argv)
     assert seconds < 5
-    assert code == 2
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert "Traceback" not in told
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
-    code, seconds, told = measured(tmp_path, "--help")
+    done, seconds = ftlab_train(tmp_path, "--help")
     assert seconds < 3
-    assert code == 0
-    assert told.startswith("usage: python -m ftlab.train")
-
-
-def measured(folder: Path, *argv: str) -> tuple[int, float, str]:
-    """Exit code, seconds of the processor (not of the clock: another test may run beside this one), and what was told.
-
-    Of this process alone: RUSAGE_CHILDREN also counts whatever other child is collected meanwhile.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "FTLAB_DEBUG"}
-    with (folder / "told.txt").open("w+", encoding="utf-8") as told:
-        command = [sys.executable, "-m", "ftlab.train", *argv]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=told, stderr=subprocess.STDOUT, env=environment)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        told.seek(0)
-        return process.returncode, used.ru_utime + used.ru_stime, told.read()
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: python -m ftlab.train")
 
 
 def test_nearest() -> None:
