@@ -234,7 +234,7 @@ class L2(Penalty):
 
 
 class L1SP(L2SP):
-    """strength * ||theta - theta0||_1 (arXiv 1802.01483, equation 4), where theta0 is `model` when this is built.
+    """strength * ||theta - theta0||_1 (L1-SP of arXiv 1802.01483), where theta0 is `model` when this is built.
 
     Under LoRA the distance is that of the effective weight: B A, made a block of rows at a time. Errors: those of L2SP.
     """
