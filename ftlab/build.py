@@ -244,7 +244,7 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
     base = resolve(config.model.location) if isinstance(config.model, PretrainedConfig) else None
     penalties = build_penalties(config.regularizer, model, base)
     pulls = {p: pull for each in penalties if isinstance(each, DecoupledL2SP) for p, pull in each.pulls(model).items()}
-    optimizer = build_optimizer(config.optimizer, model, table, triton=operators.path == "triton", pulls=pulls)
+    optimizer = build_optimizer(config.optimizer, model, table, path=operators.path, pulls=pulls)
     gib = config.training.activation_cache_gib
     cache = ActivationCache(causal(model), int(gib * 2**30)) if gib > 0 else None
     if config.training.compile:

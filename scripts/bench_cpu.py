@@ -4,8 +4,9 @@
     python scripts/bench_cpu.py --out docs/results/cpu.json
     python scripts/bench_cpu.py --tiny --repeats 2                no download; its numbers mean nothing
 
-Operations: ftlab_kernels.cpu against the same in plain torch, forward and backward, at the shapes of SmolLM2-135M with
-the tokens of one step. Steps: LoRA on SmolLM2-135M in bf16, 8 examples of HPO definitions a step, by
+Operations: ftlab_kernels' C against the same in plain torch, forward and backward, at the shapes of SmolLM2-135M with
+the tokens of one step; AdamW's step with 8-bit moments. Steps: LoRA on SmolLM2-135M in bf16, 8 examples of HPO
+definitions a step, by
 
 - `torch`: kernels=reference;     `native`: kernels=native;
 - `native+prefix`: data.share_prefix=true as well;
@@ -31,6 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from ftlab_kernels import cpu, nf4  # noqa: E402
+from ftlab_kernels.adamw import Rule, reference_step  # noqa: E402
+from ftlab_kernels.adamw_cpu import eight_bit_step  # noqa: E402
 from ftlab_kernels.adapted import Adapted  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -87,8 +90,15 @@ def operations(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str,
 
     codes = torch.randint(256, (F * D // nf4.BLOCK, nf4.BLOCK // 2), dtype=torch.uint8, generator=generator)
     quantised = (codes, torch.rand(len(codes), generator=generator), dtype)
+    rule = Rule(states="8bit")
+    adapters = [torch.randn(shape, generator=generator) for each in adapted for shape in ((r, D), each.lora_B.shape)]
+
+    def stepped(step: Callable[..., object]) -> Callable[[], object]:
+        params, states = [p.clone() for p in adapters], [dict[str, Any]() for _ in adapters]
+        return lambda: step(params, adapters, states, rule)
 
     return {
+        "AdamW, 8-bit moments (q, k, v)": {"torch": stepped(reference_step), "native": stepped(eight_bit_step)},
         "nf4_dequantise": {
             "torch": lambda: nf4.reference(*quantised),
             "native": lambda: cpu.nf4_dequantise(*quantised),

@@ -53,18 +53,19 @@ def build_optimizer(
     model: nn.Module,
     table: LearningRates,
     *,
-    triton: bool = False,
+    path: str = "torch",
     pulls: Mapping[Tensor, Pull] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW over the parameters that train, in groups of equal decay and equal share of the learning rate.
 
     A group holds `base_lr` (lr times its share), from which `set_lr` makes its rate, and `param_names`, by which a
-    saved state is recognised. torch's fused kernel is used: deterministic, and on a CPU 3.5 times faster
-    than its two other forms for a set of adapters. triton: ftlab_kernels' instead, which clips to max_grad_norm and
-    leaves out a step that is not finite by itself. With state=8bit the moments take one byte each, by that optimizer or
-    by its plain form. pulls: parameters that each step also moves by lr * strength of the way to a tensor, at most all
-    of it, beside the decay; in the same pass where the optimizer is ftlab_kernels'. Errors: nothing trains, not AdamW's
-    settings, or a pull to another device than that of ftlab_kernels' optimizer.
+    saved state is recognised. torch's fused kernel is used: deterministic, and on a CPU 3.5 times faster than its two
+    other forms for a set of adapters. path: that of the run's operators. With "triton" it is ftlab_kernels' instead,
+    which clips to max_grad_norm and leaves out a step that is not finite by itself. With state=8bit the moments take
+    one byte each, by that optimizer, by compiled C with "native", or by its plain form. pulls: parameters that each
+    step also moves by lr * strength of the way to a tensor, at most all of it, beside the decay; in the same pass
+    where the optimizer is ftlab_kernels'. Errors: nothing trains, not AdamW's settings, or a pull to another device
+    than that of ftlab_kernels' optimizer.
     """
     if not isinstance(config, AdamWConfig):
         raise ConfigError("optimizer: choose an option, for example optimizer=adamw")
@@ -81,6 +82,7 @@ def build_optimizer(
     ]
     constants: Any = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": 0.0}
     optimizer: torch.optim.Optimizer
+    triton = path == "triton"
     if triton and any(target.device != p.device for p, (target, _) in (pulls or {}).items()):
         raise ConfigError(
             "regularizer.l2_sp.anchor: the fused optimizer of mode=decoupled reads theta0 on the device; give fp32 or "
@@ -94,7 +96,7 @@ def build_optimizer(
     elif config.state == "8bit":
         from ftlab.optim.eight_bit import AdamW8bit
 
-        optimizer = AdamW8bit(groups, **constants)
+        optimizer = AdamW8bit(groups, native=path == "native", **constants)
     else:
         optimizer = AdamW(groups, **constants, fused=True)
     if pulls and not triton:

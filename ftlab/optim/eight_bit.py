@@ -1,11 +1,11 @@
-"""AdamW with its moments in 8 bits, in plain torch (after Dettmers et al. 2022, arXiv 2110.02861).
+"""AdamW with its moments in 8 bits (after Dettmers et al. 2022, arXiv 2110.02861).
 
     m = a q |q| / 127^2,  q in -127 .. 127        v = a (q / 255)^4,  q in 0 .. 255
 
 with one scale a for 256 numbers, rounded at random so that it is right in the mean (but a v above 0 never becomes 0):
-format and step are those of `ftlab_kernels.adamw`, whose Triton kernel does the same in one pass on a GPU. 2.03 bytes a
-parameter instead of 8. What is rounded at random follows from the step and the parameter's place alone, so a resumed
-run draws the same.
+format and step are those of `ftlab_kernels.adamw`, whose Triton kernel does the same in one pass on a GPU. Here it is
+compiled C, one pass too, or plain torch, with the same bits. 2.03 bytes a parameter instead of 8. What is rounded at
+random follows from the step and the parameter's place alone, so a resumed run draws the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from ftlab_kernels import adamw_cpu
 from ftlab_kernels.adamw import Rule, reference_step
 
 __all__ = ["AdamW8bit"]
@@ -21,10 +22,11 @@ _CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """torch's AdamW with other states; weights are fp32."""
+    """torch's AdamW with other states; weights are fp32. native: by compiled C, where the parameters allow it."""
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Any, *, native: bool = False, **constants: Any) -> None:
+        self.native = native
+        super().__init__(params, constants)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -33,7 +35,8 @@ class AdamW8bit(torch.optim.Optimizer):
             numbers = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
             rule = Rule(**numbers, states="8bit", seed=number)
             moved = [p for p in group["params"] if p.grad is not None]
-            reference_step(moved, [p.grad for p in moved], [self.state[p] for p in moved], rule)
+            step = adamw_cpu.eight_bit_step if self.native and adamw_cpu.takes(moved) else reference_step
+            step(moved, [p.grad for p in moved], [self.state[p] for p in moved], rule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch brings every state to the dtype of its parameter; the codes are brought back, which is exact."""

@@ -56,6 +56,7 @@ from ftlab_kernels.adamw_kernels import (
     random_bits,
     round_stochastic,
     split_master,
+    square_root,
 )
 from ftlab_kernels.adamw_table import Layout, Member, Scales, Table, capturing, launches
 from ftlab_kernels.aot import Shipped
@@ -224,7 +225,7 @@ def _moved(
         m, v = (x.view(weight.shape) for x in decode_moments(m.flatten(), v.flatten(), *scales))
     m = beta_1 * m + (1 - beta_1) * g
     v = beta_2 * v + (1 - beta_2) * g.square()
-    corrected = (v / (1 - beta_2**t)).sqrt() + rule.eps
+    corrected = square_root(v / (1 - beta_2**t)) + rule.eps
     new = weight - lr * rule.weight_decay * weight - lr / (1 - beta_1**t) * m / corrected
     if anchor is not None:
         new = new - min(1.0, lr * anchor.strength) * (weight - anchor.tensor.to(weight.dtype))

@@ -62,6 +62,7 @@ __all__ = [
     "random_bits",
     "round_stochastic",
     "split_master",
+    "square_root",
     "update",
 ]
 
@@ -118,17 +119,23 @@ def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def square_root(x: Tensor) -> Tensor:
+    """The square root, rounded correctly: torch's own is an ulp off on some processors, and C's never is."""
+    return x.double().sqrt().to(x.dtype)
+
+
 def encode_moments(m: Tensor, v: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Flat fp32 moments as int8, uint8 and the two scales of each block of 256. bits: `random_bits`."""
     m_scale, largest = _scales(m.abs(), M_TINY)
     x = m.abs() * torch.where(largest > 0, 127**2 / largest, 0)
-    lower = (x.sqrt() - 0.5).round()  # to even, so at most x
+    lower = (square_root(x) - 0.5).round()  # to even, so at most x
     up = (2 * (bits & 0xFF) + 1) / 512 * (2 * lower + 1) < x - lower**2
     m_code = (lower + up) * m.sign()
     v_scale, largest = _scales(v, V_TINY)
-    x = (v.sqrt() * torch.where(largest > 0, 255**2 / largest.sqrt(), 0)).square()
-    lower = (x.sqrt().sqrt() - 0.5).round()
-    up = (2 * (bits >> 8) + 1) / 512 * ((lower + 1) ** 4 - lower**4) < x - lower**4
+    x = (square_root(v) * torch.where(largest > 0, 255**2 / square_root(largest), 0)).square()
+    lower = (square_root(square_root(x)) - 0.5).round()
+    base = lower.square().square()
+    up = (2 * (bits >> 8) + 1) / 512 * ((lower + 1).square().square() - base) < x - base
     v_code = (lower + up).maximum((x > 0).to(x.dtype))
     return m_code.to(torch.int8), v_code.to(torch.uint8), m_scale, v_scale
 
@@ -146,7 +153,7 @@ def decode_moments(m_code: Tensor, v_code: Tensor, m_scale: Tensor, v_scale: Ten
     """What the codes of flat moments stand for."""
     m, v = m_code.to(m_scale.dtype), v_code.to(v_scale.dtype)
     m_scale, v_scale = (x.repeat_interleave(BLOCK)[: len(m)] for x in (m_scale, v_scale))
-    return m * m.abs() * (m_scale / 127**2), (v.square() * (v_scale.sqrt() / 255**2)).square()
+    return m * m.abs() * (m_scale / 127**2), (v.square() * (square_root(v_scale) / 255**2)).square()
 
 
 # --- reading and writing ----------------------------------------------------------------------------------------------

@@ -43,31 +43,36 @@ static inline float exp_(float x) {
 
 #define LANES 16
 
-// The mask bytes of `count` groups from counter `first` on: Philox4x32 with 7 rounds, as ftlab_kernels.random says.
+// Philox4x32 with 7 rounds (ftlab_kernels.random) for the key and the counters first .. first + LANES - 1: four words each.
+static inline void philox(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3, uint64_t key, uint64_t first) {
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+#pragma omp simd
+    for (int i = 0; i < LANES; i++) {
+        const uint64_t counter = first + (uint64_t)i;
+        c0[i] = (uint32_t)counter;
+        c1[i] = (uint32_t)(counter >> 32);
+        c2[i] = 0;
+        c3[i] = 0;
+    }
+    for (int round = 0; round < 7; round++) {
+#pragma omp simd
+        for (int i = 0; i < LANES; i++) {
+            const uint64_t product_0 = (uint64_t)0xD2511F53u * c0[i], product_2 = (uint64_t)0xCD9E8D57u * c2[i];
+            c0[i] = (uint32_t)(product_2 >> 32) ^ c1[i] ^ k0;
+            c2[i] = (uint32_t)(product_0 >> 32) ^ c3[i] ^ k1;
+            c1[i] = (uint32_t)product_2;
+            c3[i] = (uint32_t)product_0;
+        }
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
+// The mask bytes of `count` groups from counter `first` on.
 static void draw_row(uint8_t *bits, int64_t seed, uint64_t first, int64_t count, uint32_t drop_below) {
     for (int64_t start = 0; start < count; start += LANES) {
         uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES], byte[LANES];
-        uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
-#pragma omp simd
-        for (int i = 0; i < LANES; i++) {
-            const uint64_t counter = first + (uint64_t)(start + i);
-            c0[i] = (uint32_t)counter;
-            c1[i] = (uint32_t)(counter >> 32);
-            c2[i] = 0;
-            c3[i] = 0;
-        }
-        for (int round = 0; round < 7; round++) {
-#pragma omp simd
-            for (int i = 0; i < LANES; i++) {
-                const uint64_t product_0 = (uint64_t)0xD2511F53u * c0[i], product_2 = (uint64_t)0xCD9E8D57u * c2[i];
-                c0[i] = (uint32_t)(product_2 >> 32) ^ c1[i] ^ k0;
-                c2[i] = (uint32_t)(product_0 >> 32) ^ c3[i] ^ k1;
-                c1[i] = (uint32_t)product_2;
-                c3[i] = (uint32_t)product_0;
-            }
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
-        }
+        philox(c0, c1, c2, c3, (uint64_t)seed, first + (uint64_t)start);
 #pragma omp simd
         for (int i = 0; i < LANES; i++) {
             byte[i] = (uint32_t)((c0[i] & 0xFFFF) >= drop_below) | (uint32_t)(c0[i] >> 16 >= drop_below) << 1 |
@@ -78,6 +83,8 @@ static void draw_row(uint8_t *bits, int64_t seed, uint64_t first, int64_t count,
         for (int i = 0; i < LANES && start + i < count; i++) bits[start + i] = (uint8_t)byte[i];
     }
 }
+
+#include "native_adamw.h"
 
 #define T float
 #define FN(name) name##_f32

@@ -29,9 +29,12 @@ from torch import Tensor
 __all__ = ["SUFFIXES", "NativeError", "cache_folder", "call", "library", "why_not_native"]
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-SOURCES = ("native.c", "native_ops.h")
+SOURCES = ("native.c", "native_adamw.h", "native_ops.h")
 FOLDER = Path(__file__).parent  # where they lie
-FLAGS = ("-O3", "-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = (
+    *("-O3", "-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
+    "-ffp-contract=off",  # gcc's default for c11 and not clang's: products and sums round apart, as torch's do
+)
 FOR_THIS_CPU = ("-march=native", "-mcpu=native")  # the first that the compiler takes
 _WIDE = "-mprefer-vector-width=512"
 _SEAL_BYTES = hashlib.sha256().digest_size

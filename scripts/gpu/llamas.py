@@ -117,7 +117,7 @@ class FtlabRun:
         operators, _ = select(kernels, self.device)
         self._operators[kernels] = operators
         config = AdamWConfig(lr=LR, max_grad_norm=CLIP)
-        optimizer = build_optimizer(config, self.model, self.table, triton=operators.path == "triton")
+        optimizer = build_optimizer(config, self.model, self.table, path=operators.path)
         loss_sum = functools.partial(supervised_cross_entropy, chunk=TrainingConfig().head_chunk)
         replica = Replica(self.model, loss_sum, Ranks(0, 1, self.device))
 

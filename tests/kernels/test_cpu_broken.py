@@ -23,6 +23,7 @@ from tests.kernels.cpu_cases import (
     rope_case,
     swiglu_case,
 )
+from tests.kernels.eight_bit_cases import tiny_case, usual_case
 from tests.kernels.harness import noticed
 
 BF16 = torch.bfloat16
@@ -89,6 +90,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "attention": lambda: attention_case().judge(),
     "cross entropy": lambda: cross_entropy_case().judge(),
     "cross entropy bf16": lambda: cross_entropy_case(BF16).judge(),
+    "eight bits": usual_case,
+    "eight bits, tiny": tiny_case,
     "mask": check_mask,
     "rounding": check_rounding,
     "sure": check_sure,
@@ -124,6 +127,18 @@ MUTANTS = {
     "halves of a byte swapped": ("2 * i] = table[code >> 4]", "2 * i] = table[code & 15]", "nf4"),
     "no magnitude": ("levels[k] * magnitudes[b]", "levels[k]", "nf4"),
     "a level too few": ("k < 16; k++) STORE(table", "k < 15; k++) STORE(table", "nf4"),
+    "m without its sign": ("m[i] < 0 ? -q : q", "q", "eight bits"),
+    "a v of code 0": ("x > 0 && q < 1 ? 1 : q", "q", "eight bits", "eight bits, tiny"),
+    "the random bits of m for v": ("2 * (bits[i] >> 8) + 1", "2 * (bits[i] & 0xFF) + 1", "eight bits"),
+    "the same random bits in each block": ("counter + (uint64_t)(at / 8)", "counter", "eight bits"),
+    "no decay": (" - n.decay * p[at + i]", "", "eight bits"),
+    "eps under the root": ("/ n.corrected) + n.eps", "/ n.corrected + n.eps)", "eight bits"),
+    "tiny blocks kept": ("largest > tiny ? largest : 0.0f", "largest", "eight bits, tiny"),
+    "products in another order": (
+        "n.rate_2 * (g[at + i] * g[at + i])",
+        "n.rate_2 * g[at + i] * g[at + i]",
+        "eight bits",
+    ),
     "rounded towards zero": ("? bits >> 16 | 0x40 : nearest", "? bits >> 16 | 0x40 : bits >> 16", "rounding"),
 }
 

@@ -106,12 +106,12 @@ def test_what_has_no_kernel_is_refused_or_counted() -> None:
 def test_a_training_run_ends_where_torchs_does() -> None:
     """Five steps with clipping and decay through the loop's own step, by FusedAdamW and by torch's AdamW."""
     ends = []
-    for triton in (False, True):
+    for path in ("torch", "triton"):
         model = adapted()
         table = TrainableTable([Rule(r".*lora_[AB]", trainable=True), Rule(".*", trainable=False)])
         table.apply(model)
         config = AdamWConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
-        optimizer = build_optimizer(config, model, table, triton=triton)
+        optimizer = build_optimizer(config, model, table, path=path)
         ranks = Ranks(device=device())
         replica = Replica(model, loss_sum, ranks)
         precision = Precision(PrecisionConfig(), ranks.device)
