@@ -147,7 +147,7 @@ def test_the_fused_optimizer_refuses_anchors_elsewhere() -> None:
     table = make_method(FullConfig()).apply(model)
     pulls = {p: (torch.empty_like(p, device="meta"), 1.0) for p in model.parameters()}
     with pytest.raises(ConfigError, match=r"regularizer\.l2_sp\.anchor"):
-        build_optimizer(AdamWConfig(), model, table, triton=True, pulls=pulls)
+        build_optimizer(AdamWConfig(), model, table, path="triton", pulls=pulls)
 
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])

@@ -134,7 +134,7 @@ def test_a_step_that_is_not_finite_moves_nothing() -> None:
     model = adapted()
     table = TrainableTable([Rule(r".*lora_[AB]", trainable=True), Rule(".*", trainable=False)])
     table.apply(model)
-    optimizer = build_optimizer(AdamWConfig(), model, table, triton=True)
+    optimizer = build_optimizer(AdamWConfig(), model, table, path="triton")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     (batch,) = collate(ragged_examples(3), 3)
     loss_sum(model, batch.to(device())).backward()
