@@ -56,7 +56,7 @@ SMALL = {"tokens": 24, "width": 32, "hidden": 48, "heads": 4, "kv_heads": 2, "he
 
 
 def operations(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str, Callable[[], object]]]:
-    """For each operation, by contestant, a call that runs it forward and backward."""
+    """For each operation, by contestant, a call that runs it forward and backward; of AdamW a step."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -24,9 +24,22 @@ _CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
 class AdamW8bit(torch.optim.Optimizer):
     """torch's AdamW with other states; weights are fp32. native: by compiled C, where the parameters allow it."""
 
-    def __init__(self, params: Any, *, native: bool = False, **constants: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        *,
+        native: bool = False,
+    ) -> None:
         self.native = native
-        super().__init__(params, constants)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: what torch keeps, and the path."""
+        return {**super().__getstate__(), "native": self.native}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -171,8 +171,9 @@ class Rule:
         for name, (shape, dtype) in wanted.items():
             if name not in state:
                 state[name] = torch.zeros(tuple(shape), dtype=dtype, device=param.device)
-            elif state[name].dtype != dtype:
-                raise ValueError(f"the state {name} must be {dtype}, not {state[name].dtype}")
+            elif state[name].dtype != dtype or state[name].shape != tuple(shape):
+                found = f"{state[name].dtype} {tuple(state[name].shape)}"
+                raise ValueError(f"the state {name} must be {dtype} {tuple(shape)}, not {found}")
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

@@ -127,12 +127,12 @@ def square_root(x: Tensor) -> Tensor:
 def encode_moments(m: Tensor, v: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Flat fp32 moments as int8, uint8 and the two scales of each block of 256. bits: `random_bits`."""
     m_scale, largest = _scales(m.abs(), M_TINY)
-    x = m.abs() * torch.where(largest > 0, 127**2 / largest, 0)
+    x = m.abs() * torch.where(largest > 0, largest.reciprocal() * 127**2, 0)
     lower = (square_root(x) - 0.5).round()  # to even, so at most x
     up = (2 * (bits & 0xFF) + 1) / 512 * (2 * lower + 1) < x - lower**2
     m_code = (lower + up) * m.sign()
     v_scale, largest = _scales(v, V_TINY)
-    x = (square_root(v) * torch.where(largest > 0, 255**2 / square_root(largest), 0)).square()
+    x = (square_root(v) * torch.where(largest > 0, square_root(largest).reciprocal() * 255**2, 0)).square()
     lower = (square_root(square_root(x)) - 0.5).round()
     base = lower.square().square()
     up = (2 * (bits >> 8) + 1) / 512 * ((lower + 1).square().square() - base) < x - base

@@ -1,5 +1,5 @@
 // Fused elementwise work of a training step on a CPU, in portable C that compilers vectorise: what lies between the matrix
-// products. Loaded by native.py, which compiles it once on each machine; every function has a reference in plain torch.
+// products, and an optimizer's step. Loaded by native.py, which compiles it once on each machine; every function has a reference in plain torch.
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -43,7 +43,7 @@ static inline float exp_(float x) {
 
 #define LANES 16
 
-// Philox4x32 with 7 rounds (ftlab_kernels.random) for the key and the counters first .. first + LANES - 1: four words each.
+// Philox4x32 with 7 rounds (ftlab_kernels.random) for a key and the counters first .. first + LANES - 1: 4 words each.
 static inline void philox(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3, uint64_t key, uint64_t first) {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
 #pragma omp simd

@@ -1,14 +1,11 @@
-// AdamW of fp32 weights with 8-bit moments, a block of 256 at a time. Formats, random bits and the order of the operations
-// are those of ftlab_kernels.adamw.reference_step, whose every rounding is here too, so that both give the same bits.
+// AdamW of fp32 weights with 8-bit moments, a block of 256 at a time. Formats, random bits and the order of operations are
+// those of ftlab_kernels.adamw.reference_step; this rounds where that rounds, so both give the same bits.
 
-enum { MOMENTS = 256 };
-
-// The numbers of a step: the same for all blocks of a tensor.
-struct adamw {
-    float beta_1, rate_1, beta_2, rate_2; // rate = 1 - beta
-    float corrected, eps;                 // 1 - beta_2^t
-    float decay, step_size;               // lr * weight_decay, lr / (1 - beta_1^t)
-};
+enum { MOMENTS = 256 };     // BLOCK of adamw_kernels.py
+#define M_TINY 1e-30f       // and the others there
+#define V_TINY 1e-37f
+#define M_LEVELS 16129.0f   // 127^2
+#define V_LEVELS 65025.0f   // 255^2
 
 // 16 random bits for each element of a block whose first group of 8 has this counter.
 static inline void draw_block(uint32_t *bits, uint64_t key, uint64_t counter) {
@@ -39,8 +36,8 @@ static inline void encode_m(const float *m, const uint32_t *bits, int8_t *codes,
     int32_t code[MOMENTS];
 #pragma omp simd
     for (int i = 0; i < MOMENTS; i++) size[i] = fabsf(m[i]);
-    const float largest = block_scale(size, 1e-30f);
-    const float factor = largest > 0 ? 1.0f / largest * 16129.0f : 0.0f;
+    const float largest = block_scale(size, M_TINY);
+    const float factor = largest > 0 ? 1.0f / largest * M_LEVELS : 0.0f;
 #pragma omp simd
     for (int i = 0; i < MOMENTS; i++) {
         const float x = size[i] * factor, lower = rintf(sqrtf(x) - 0.5f);
@@ -55,8 +52,8 @@ static inline void encode_m(const float *m, const uint32_t *bits, int8_t *codes,
 // Codes and scale of a block of v: v = a (q / 255)^4, and q is above 0 where v is.
 static inline void encode_v(const float *v, const uint32_t *bits, uint8_t *codes, float *scale) {
     int32_t code[MOMENTS];
-    const float largest = block_scale(v, 1e-37f);
-    const float factor = largest > 0 ? 1.0f / sqrtf(largest) * 65025.0f : 0.0f;
+    const float largest = block_scale(v, V_TINY);
+    const float factor = largest > 0 ? 1.0f / sqrtf(largest) * V_LEVELS : 0.0f;
 #pragma omp simd
     for (int i = 0; i < MOMENTS; i++) {
         const float y = sqrtf(v[i]) * factor, x = y * y, lower = rintf(sqrtf(sqrtf(x)) - 0.5f);
@@ -70,16 +67,16 @@ static inline void encode_v(const float *v, const uint32_t *bits, uint8_t *codes
     *scale = largest;
 }
 
-// One step of `count` weights. key, counter: of the random bits of the tensor's first element.
+// One step of `count` weights. key, counter: of the random bits of the tensor's first element. rate = 1 - beta; corrected:
+// 1 - beta_2^t; decay: lr * weight_decay; step_size: lr / (1 - beta_1^t).
 void adamw_8bit_f32(float *p, const float *g, int8_t *m_codes, uint8_t *v_codes, float *m_scales, float *v_scales,
                     int64_t count, int64_t key, int64_t counter, float beta_1, float rate_1, float beta_2, float rate_2,
                     float corrected, float eps, float decay, float step_size) {
-    const struct adamw n = {beta_1, rate_1, beta_2, rate_2, corrected, eps, decay, step_size};
     const int64_t blocks = (count + MOMENTS - 1) / MOMENTS;
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t at = b * MOMENTS, width = count - at < MOMENTS ? count - at : MOMENTS;
-        const float m_scale = m_scales[b] / 16129.0f, v_scale = sqrtf(v_scales[b]) / 65025.0f;
+        const float m_scale = m_scales[b] / M_LEVELS, v_scale = sqrtf(v_scales[b]) / V_LEVELS;
         float m[MOMENTS] = {0}, v[MOMENTS] = {0};
         uint32_t bits[MOMENTS];
         int8_t m_block[MOMENTS];
@@ -88,10 +85,10 @@ void adamw_8bit_f32(float *p, const float *g, int8_t *m_codes, uint8_t *v_codes,
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) {
             const float q = (float)m_codes[at + i], r = (float)v_codes[at + i], root = r * r * v_scale;
-            m[i] = n.beta_1 * (q * fabsf(q) * m_scale) + n.rate_1 * g[at + i];
-            v[i] = n.beta_2 * (root * root) + n.rate_2 * (g[at + i] * g[at + i]);
-            const float size = sqrtf(v[i] / n.corrected) + n.eps;
-            p[at + i] = p[at + i] - n.decay * p[at + i] - n.step_size * m[i] / size;
+            m[i] = beta_1 * (q * fabsf(q) * m_scale) + rate_1 * g[at + i];
+            v[i] = beta_2 * (root * root) + rate_2 * (g[at + i] * g[at + i]);
+            const float size = sqrtf(v[i] / corrected) + eps;
+            p[at + i] = p[at + i] - decay * p[at + i] - step_size * m[i] / size;
         }
         encode_m(m, bits, m_block, m_scales + b);
         encode_v(v, bits, v_block, v_scales + b);

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ftlab_kernels import adamw_cpu
-from ftlab_kernels.adamw import Rule
+from ftlab_kernels import adamw_cpu, native
+from ftlab_kernels.adamw import Rule, reference_step
 
 from tests.kernels.eight_bit_cases import SHAPES, State, assert_same, both, drawn, tiny_case
 
@@ -66,5 +67,36 @@ def test_gradients_in_bf16_or_transposed_are_taken_and_other_weights_refused() -
     assert not adamw_cpu.takes([torch.zeros(4, 4).t()])
     with pytest.raises(ValueError, match="contiguous fp32"):
         adamw_cpu.eight_bit_step([torch.zeros(2, dtype=torch.float64)], [torch.zeros(2)], [{}], rule)
+    with pytest.raises(ValueError, match="of its own shape"):
+        adamw_cpu.eight_bit_step([torch.zeros(2)], [torch.zeros(3)], [{}], rule)
     with pytest.raises(ValueError, match="8-bit"):
         adamw_cpu.eight_bit_step([torch.zeros(2)], [torch.zeros(2)], [{}], Rule())
+
+
+def test_states_of_another_shape_are_refused() -> None:
+    """The library is told addresses: it would write beyond them."""
+    rule = Rule(lr=1e-3, states="8bit")
+    state = State()
+    adamw_cpu.eight_bit_step([torch.ones(300)], [torch.ones(300)], [state], rule)
+    longer = torch.ones(600)
+    for step in (adamw_cpu.eight_bit_step, reference_step):
+        with pytest.raises(ValueError, match=r"exp_avg must be torch.int8 \(600,\)"):
+            step([longer], [longer], [dict(state)], rule)
+    assert torch.equal(longer, torch.ones(600))
+
+
+def test_without_a_compiler_nothing_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    params, state = [torch.ones(3)], State()
+    with pytest.raises(native.NativeError):
+        adamw_cpu.eight_bit_step(params, params, [state], Rule(states="8bit"))
+    assert not state
+
+
+def test_autograd_knows_that_the_weights_changed() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * weight).sum()
+    adamw_cpu.eight_bit_step([weight], [torch.ones(3)], [State()], Rule(states="8bit"))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from ftlab_kernels import adamw_cpu
 from ftlab_kernels.adamw_kernels import decode_moments
 from torch import Tensor
 
+from ftlab import build
+from ftlab.compose import compose
 from ftlab.config import AdamWConfig
 from ftlab.methods.trainable import Rule, TrainableTable
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.optim.adamw import AdamW, build_optimizer
 from ftlab.optim.eight_bit import AdamW8bit
+from ftlab.training.parallel import start_ranks
+from ftlab.training.precision import Precision
 from ftlab.training.preflight import static_memory
 from tests.helpers.models import random_ids, tiny_llama
 
 TABLE = TrainableTable([Rule(".*", True)])
 
 
-def setting(state: str) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
+def setting(state: str, path: str = "torch") -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     model = tiny_llama()
     TABLE.apply(model)
-    return model, build_optimizer(AdamWConfig(lr=1e-3, weight_decay=0.01, state=state), model, TABLE)
+    return model, build_optimizer(AdamWConfig(lr=1e-3, weight_decay=0.01, state=state), model, TABLE, path=path)
 
 
 def steps(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, first: int, end: int) -> None:
@@ -69,6 +76,65 @@ def test_moments_are_near_and_small() -> None:
             assert float((found - expected).abs().max() / expected.abs().max()) < bound
     assert held == static_memory(ours.parameters(), state="8bit")["optimizer"]
     assert held < static_memory(ours.parameters())["optimizer"] / 3.5
+
+
+@pytest.fixture
+def steps_in_c(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many parameters each step in C has moved so far."""
+    found: list[int] = []
+    step = adamw_cpu.eight_bit_step
+
+    def counted(params: Sequence[Tensor], *others: Any) -> Tensor:
+        found.append(len(params))
+        return step(params, *others)
+
+    monkeypatch.setattr(adamw_cpu, "eight_bit_step", counted)
+    return found
+
+
+def test_in_c_and_in_torch_the_bits_are_the_same(steps_in_c: list[int]) -> None:
+    """Groups with and without decay, a parameter without a gradient, and a run that goes from one to the other."""
+    ends = []
+    for paths in (("torch", "torch"), ("native", "native"), ("native", "torch"), ("torch", "native")):
+        model, optimizer = setting("8bit", paths[0])
+        assert len(optimizer.param_groups) == 2
+        steps(model, optimizer, 0, 2)
+        again, fresh = setting("8bit", paths[1])
+        again.load_state_dict(model.state_dict())
+        fresh.load_state_dict(optimizer.state_dict())
+        fresh.param_groups[0]["params"][1].requires_grad_(False)
+        steps(again, fresh, 2, 4)
+        ends.append(weights(again))
+    assert all(torch.equal(ends[0], other) for other in ends[1:])
+    assert sorted(set(steps_in_c)) == [5, 6, 14]
+    assert len(steps_in_c) == 2 * (4 + 2 + 2)
+
+
+def test_a_run_takes_the_c(steps_in_c: list[int]) -> None:
+    for kernels, native in (("native", True), ("auto", True), ("reference", False)):
+        config, _ = compose(
+            ["+experiment=full_tiny", "optimizer.state=8bit", f"kernels={kernels}", "parallel.device=cpu"]
+        )
+        with start_ranks(config.parallel) as ranks:
+            base, method = build.build_base(config, build.build_tokenizer(config), ranks, None)
+            built = build.build_training(config, base, method, Precision(config.precision, ranks.device))
+        assert isinstance(built.optimizer, AdamW8bit)
+        for parameter in base.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        built.optimizer.step()
+        assert bool(steps_in_c) == native
+        steps_in_c.clear()
+
+
+def test_a_copy_goes_on_alike() -> None:
+    model, optimizer = setting("8bit", "native")
+    steps(model, optimizer, 0, 2)
+    copied, again = copy.deepcopy((model, optimizer))
+    assert isinstance(again, AdamW8bit)
+    assert again.native
+    steps(model, optimizer, 2, 3)
+    steps(copied, again, 2, 3)
+    assert torch.equal(weights(model), weights(copied))
 
 
 @pytest.mark.parametrize("through_a_file", [False, True])
