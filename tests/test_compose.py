@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -388,9 +389,15 @@ def ftlab_train(folder: Path, *argv: str) -> tuple[subprocess.CompletedProcess[s
     """
     environment = {name: value for name, value in os.environ.items() if name != "FTLAB_DEBUG"}
     command = [sys.executable, "-m", "ftlab.train", *argv]
-    with (folder / "out.txt").open("w+", encoding="utf-8") as out, (folder / "err.txt").open("w+") as err:
+    with (
+        (folder / "out.txt").open("w+", encoding="utf-8") as out,
+        (folder / "err.txt").open("w+", encoding="utf-8") as err,
+    ):
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, env=environment)
+        limit = threading.Timer(60, process.kill)
+        limit.start()
         _, status, used = os.wait4(process.pid, 0)
+        limit.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)

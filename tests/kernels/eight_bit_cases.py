@@ -43,9 +43,8 @@ def assert_same(found: tuple[list[Tensor], list[State]], wanted: tuple[list[Tens
             assert torch.equal(ours[name], value), name
 
 
-def usual_case() -> None:
-    """Seven steps with decay."""
-    rule = Rule(lr=2e-3, weight_decay=0.1, eps=1e-6, states="8bit", seed=3)
+def steps_case(rule: Rule) -> None:
+    """Seven steps of every shape."""
     assert_same(*both(rule, [drawn(seed, 1e-3) for seed in range(1, 8)]))
 
 

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from ftlab_kernels import cpu, dropout, native, nf4
+from ftlab_kernels.adamw import Rule
 from ftlab_kernels.random import mask_bytes
 
 from tests.kernels import harness
@@ -23,7 +24,7 @@ from tests.kernels.cpu_cases import (
     rope_case,
     swiglu_case,
 )
-from tests.kernels.eight_bit_cases import tiny_case, usual_case
+from tests.kernels.eight_bit_cases import steps_case, tiny_case
 from tests.kernels.harness import noticed
 
 BF16 = torch.bfloat16
@@ -90,7 +91,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "attention": lambda: attention_case().judge(),
     "cross entropy": lambda: cross_entropy_case().judge(),
     "cross entropy bf16": lambda: cross_entropy_case(BF16).judge(),
-    "eight bits": usual_case,
+    "eight bits": lambda: steps_case(Rule(lr=2e-3, weight_decay=0.1, eps=1e-6, states="8bit", seed=3)),
     "eight bits, tiny": tiny_case,
     "mask": check_mask,
     "rounding": check_rounding,
@@ -136,7 +137,7 @@ MUTANTS = {
         "}\n\n//",
         "eight bits",
     ),
-    "a tail too long": (
+    "codes of m but the first not stored": (
         "memcpy(m_codes + at, m_block, (size_t)width)",
         "memcpy(m_codes + at, m_block, 1)",
         "eight bits",
