@@ -78,10 +78,8 @@ def _run(argv: list[str]) -> int:
         )
     with start_ranks(parallel_of(config, arguments.device)) as ranks:
         opened = open_run(Path(arguments.run), base=False, ranks=ranks)
-        model, names = opened.model, _moved(opened)
-        opened.method.merge(model)
-        opened.method.merged(model)
-        model.float()
+        names = _moved(opened)
+        model = opened.plain()
         examples = opened.data().train
         order = permutation(len(examples), arguments.seed, 0)[: arguments.examples]
         batches = (_alone(examples[i], opened).to(ranks.device) for i in order)

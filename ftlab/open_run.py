@@ -13,7 +13,7 @@ from ftlab import build
 from ftlab.config import Config, FullConfig, ParallelConfig, from_plain
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.methods import Method
-from ftlab.methods.lora import LoRA
+from ftlab.methods.lora import LoRA, lora_leaves
 from ftlab.methods.peft_folder import config_of
 from ftlab.models.heads import AnyModel, Classifier
 from ftlab.models.labels import LabelSet
@@ -43,6 +43,17 @@ class OpenRun:
     def labels(self) -> LabelSet | None:
         """What a classifier tells apart; None for a language model."""
         return self.model.head.labels if isinstance(self.model, Classifier) else None
+
+    def plain(self) -> AnyModel:
+        """The model in fp32 with its adapters folded into their weights; it keeps nothing else from then on.
+
+        Widened first: a weight that is stored in bf16 would round what is added to it.
+        """
+        self.model.float()
+        if not self.method.keeps_base or lora_leaves(self.model):  # an untouched base has no adapters
+            self.method.merge(self.model)
+            self.method.merged(self.model)
+        return self.model
 
     def data(self) -> build.DataSet:
         """The run's data, read again.

@@ -127,7 +127,7 @@ class _Kitchen:
 
         self.arguments, self.runs, self.ranks = arguments, runs, ranks
         self.first: OpenRun = open_run(Path(runs[0]), base=False, ranks=ranks)
-        self.model: AnyModel = _plain(self.first)
+        self.model: AnyModel = self.first.plain()
         data = self.first.data()
         self.examples = data.validation
         if arguments.kind == "greedy" and not self.examples:
@@ -144,14 +144,14 @@ class _Kitchen:
                 f"{self.runs[number]} makes a vector of a text in another way than {self.runs[0]} (head.pooling); give "
                 "runs alike"
             )
-        return dict(_plain(opened).state_dict())
+        return dict(opened.plain().state_dict())
 
     def base(self, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The pretrained weights, with a new head from `head`."""
         from ftlab.models.heads import fresh_parameters
         from ftlab.open_run import open_run
 
-        model = open_run(Path(self.runs[0]), base=True, ranks=self.ranks).model.float()
+        model = open_run(Path(self.runs[0]), base=True, ranks=self.ranks).plain()
         return {**model.state_dict(), **{name: head[name] for name in fresh_parameters(model)}}
 
     def loss_of(self, state: Mapping[str, Tensor]) -> float:
@@ -233,14 +233,6 @@ class _Kitchen:
             self.first.tokenizer.save(folder)
             (folder / "soup.json").write_text(json.dumps(writable(facts), indent=1) + "\n", encoding="utf-8")
         print(f"written to {self.arguments.out}; model.location={self.arguments.out} starts from it")
-
-
-def _plain(opened: OpenRun) -> AnyModel:
-    """The run's model with its update folded in, in fp32."""
-    opened.model.float()
-    opened.method.merge(opened.model)
-    opened.method.merged(opened.model)
-    return opened.model
 
 
 def main(argv: list[str] | None = None) -> int:

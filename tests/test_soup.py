@@ -18,6 +18,7 @@ from ftlab import build, evaluate
 from ftlab.compose import compose
 from ftlab.errors import FtlabError
 from ftlab.methods.interpolation import Soup, greedy_soup, interpolated, normalised
+from ftlab.methods.lora import lora_leaves
 from ftlab.models.loading import load_model
 from ftlab.open_run import open_run
 from ftlab.session import train
@@ -46,6 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "two": ["training.seed=1", "optimizer.lr=1e-3"],
         "lora": ["method=lora", "method.rank=2", "optimizer.lr=1e-2"],
         "half": ["method=lora", "precision=bf16", "training.max_steps=1"],
+        "quantised": ["method=qlora", "method.rank=2", "optimizer.lr=1e-2"],
         "other_base": ["model.init_seed=7"],
         "other_data": ["data.split_seed=5"],
     }
@@ -111,6 +113,15 @@ def test_wise_ft_lies_between_the_base_and_the_run(runs: Path, tmp_path: Path, n
     assert_close(found, {key: (1 - alpha) * start[key] + alpha * end[key] for key in start})
     losses = facts["validation_loss"]
     assert alpha != 0 or losses["out"] == pytest.approx(losses["base"])
+
+
+def test_the_way_to_a_quantised_run_begins_at_its_quantised_base(runs: Path, tmp_path: Path) -> None:
+    found, _ = cooked(runs, tmp_path / "out", ["quantised"], "alpha=0.3")
+    leaves = lora_leaves(open_run(runs / "quantised", base=False).model)
+    assert leaves
+    for name, leaf in leaves.items():
+        expected = leaf._base() + 0.3 * leaf.scale * (leaf.lora_B @ leaf.lora_A)
+        torch.testing.assert_close(found[f"{name}.weight"], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_losses_are_those_of_the_runs(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

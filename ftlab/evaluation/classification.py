@@ -5,12 +5,14 @@ Shapes: N texts, C labels, R resamples, B bins.
 - accuracy; F1 = 2 tp / (2 tp + fp + fn), of the summed counts (micro), and the mean over the labels that occur or are
   given (macro): the others have no F1.
 - mcc: R_K of Gorodkin 2004 (Computational Biology and Chemistry 28:367), which for two labels is Matthews' coefficient.
+  Like a correlation it has no value where all texts have one label, and is 0 where only the answers do not vary.
 - auroc: the chance that a text with a label scores higher on it than one without, a tie counting one half; one against
   the rest, the mean over the labels for which both kinds exist, no score if there is none. Of two labels, one of which
   each text has, that of the second.
 - ece: expected calibration error (Naeini, Cooper and Hauskrecht 2015, AAAI), 15 bins of equal width: the mean over
   decisions of |accuracy - confidence| of their bin. With several labels a text, each label is a decision of its own.
-- regression: mse, Pearson's correlation, and Spearman's: Pearson's of the ranks, ties sharing their mean rank.
+- regression: mse, Pearson's correlation, and Spearman's: Pearson's of the ranks, ties sharing their mean rank. Neither
+  has a value where the targets do not vary; both are 0 where only the answers do not.
 
 All but mse are on 0-100 (correlations and mcc: -100 to 100). Intervals are bootstrap percentiles, over the resamples in
 which the score is defined; accuracy, a proportion, has Wilson's. With one number that is not finite every score is NaN.
@@ -32,6 +34,7 @@ from ftlab.evaluation.metrics import Score
 __all__ = ["BINS", "Answers", "details", "score_labels"]
 
 BINS = 15
+ROUNDING = 1e-12  # of a sum of squares: a spread below is what rounding leaves of values that are equal
 Floats = NDArray[np.float64]
 Resampled = Callable[[Floats], Floats]  # of how often each text was drawn, [R, N], a score of each resample, [R]
 
@@ -123,7 +126,7 @@ def _of_numbers(answers: Answers) -> dict[str, tuple[str, Resampled]]:
     count = len(x)
     squares = (x - y) ** 2
     measures: dict[str, tuple[str, Resampled]] = {"mse": ("mse", lambda draws: draws @ squares / count)}
-    if count > 1:
+    if (y != y[0]).any():
         moments, places = _moments(x, y), (_Places.of(x), _Places.of(y))
         measures["pearson"] = ("pearson", lambda draws: _correlation(draws @ moments))
         measures["spearman"] = ("spearman|ties:mean rank", lambda draws: _spearman(*places, draws))
@@ -139,7 +142,7 @@ def _of_labels(answers: Answers) -> dict[str, tuple[str, Resampled]]:
         "macro_f1": ("f1|macro over labels that occur or are given", lambda draws: _macro_f1(draws @ statistics)),
         "micro_f1": ("f1|micro", lambda draws: _micro_f1(draws @ statistics)),
     }
-    if answers.kind == "single":
+    if answers.kind == "single" and (answers.targets != answers.targets[0]).any():
         measures["mcc"] = ("mcc|R_K", lambda draws: _mcc(draws @ statistics, count))
     if labels := _ranked_labels(answers):
         measures["auroc"] = ("auroc|one-vs-rest|macro", lambda draws: _auroc(labels, draws))
@@ -168,11 +171,17 @@ def _micro_f1(sums: Floats) -> Floats:
 
 
 def _mcc(sums: Floats, count: int) -> Floats:
-    """(c s - sum_k p_k t_k) / sqrt((s^2 - sum_k p_k^2)(s^2 - sum_k t_k^2)); 0 if one label takes all."""
+    """(c s - sum_k p_k t_k) / sqrt((s^2 - sum_k p_k^2)(s^2 - sum_k t_k^2)); NaN if all texts have one label."""
     both, predicted, true = np.split(sums, 3, axis=1)
     covariance = both.sum(1) * count - (predicted * true).sum(1)
-    spread = (count**2 - (predicted**2).sum(1)) * (count**2 - (true**2).sum(1))
-    return _ratio(covariance, np.sqrt(np.maximum(spread, 0.0)), 0.0)
+    return _of_spreads(covariance, count**2 - (predicted**2).sum(1), count**2 - (true**2).sum(1))
+
+
+def _of_spreads(covariance: Floats, answers: Floats, targets: Floats) -> Floats:
+    """covariance / sqrt(answers targets): 0 where the answers do not vary, NaN where the targets do not."""
+    spread = np.maximum(answers, 0.0) * np.maximum(targets, 0.0)
+    quotient: Floats = np.where(targets > 0, _ratio(covariance, np.sqrt(spread), 0.0), np.nan)
+    return quotient
 
 
 def _ratio(above: Floats, below: Floats, otherwise: float) -> Floats:
@@ -188,11 +197,10 @@ def _moments(x: Floats, y: Floats) -> Floats:
 
 
 def _correlation(sums: Floats) -> Floats:
-    """Pearson's correlation from n and the sums of x, y, x^2, y^2 and x y; 0 if one of them does not vary."""
+    """Pearson's correlation from n and the sums of x (answers), y (targets), x^2, y^2 and x y."""
     n, x, y, xx, yy, xy = sums.T
-    spread = np.maximum(n * xx - x * x, 0.0) * np.maximum(n * yy - y * y, 0.0)
-    covariance = n * xy - x * y
-    return _ratio(covariance, np.sqrt(spread), 0.0)
+    spreads = [np.where(n * vv - v * v > ROUNDING * n * vv, n * vv - v * v, 0.0) for v, vv in ((x, xx), (y, yy))]
+    return _of_spreads(n * xy - x * y, *spreads)
 
 
 def _bin_sums(answers: Answers) -> Floats:

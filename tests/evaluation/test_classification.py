@@ -103,6 +103,22 @@ def test_an_interval_of_perfect_answers_holds_their_score() -> None:
     ] * 10
 
 
+@pytest.mark.parametrize("kind", ["single", "regression"])
+def test_resamples_without_the_one_odd_text_settle_no_correlation(kind: str) -> None:
+    """A third of the resamples of perfect answers miss the one text that is unlike the others."""
+    odd = np.arange(30) == 7
+    answers = single(odd.astype(int), odd.astype(int), labels=2)
+    if kind == "regression":
+        answers = Answers(kind, (), np.where(odd, 1e3, 0.1)[:, None], np.where(odd, 1e3, 0.1))
+    for name, score in score_labels(answers, bootstrap=200).items():
+        if name in ("mcc", "pearson", "spearman"):
+            assert (score.low, score.value, score.high) == pytest.approx((100, 100, 100)), name
+
+
+def test_matthews_coefficient_needs_two_labels_among_the_texts() -> None:
+    assert "mcc" not in values(single([1, 1, 1], [1, 0, 1], labels=2))
+
+
 def test_a_label_that_neither_occurs_nor_is_given_has_no_row_of_scores() -> None:
     rows = details(single([0, 1, 0], [0, 0, 0]), bootstrap=100)["labels"]
     absent = {"label": "c", "texts": 0, "precision": None, "recall": None, "f1": None, "low": None, "high": None}
@@ -191,6 +207,7 @@ def test_regression_by_hand() -> None:
     far = values(Answers("regression", (), x[:, None] + 1e8, y + 1e8))
     assert far["pearson"] == pytest.approx(found["pearson"], rel=1e-6)
     assert values(Answers("regression", (), np.ones((4, 1)), y))["pearson"] == 0
+    assert set(values(Answers("regression", (), x[:, None], np.full(4, 0.1)))) == {"mse"}
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

@@ -245,6 +245,10 @@ def run(folder: Path, *words: str) -> dict[str, Tensor]:
     return load_file(file)
 
 
+def effective(folder: Path) -> dict[str, Tensor]:
+    return dict(open_run(folder, base=False).plain().state_dict())
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_from_one_run_to_the_next(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = tmp_path / "first"
@@ -263,9 +267,34 @@ def test_from_one_run_to_the_next(method: str, tmp_path: Path, capsys: pytest.Ca
     held = run(tmp_path / "held", *words, "regularizer.ewc.strength=1e6")
     lines = [json.loads(line) for line in (tmp_path / "held" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert all("penalty/ewc" in line for line in lines if line["split"] == "train")
-    assert any(not torch.equal(plain[name], held[name]) for name in plain)
+    _, anchors, _ = read_fisher(first / FILE)
+    away = {
+        name: sum(float((ends[key] - anchors[key]).square().mul(fisher[key]).sum()) for key in fisher)
+        for name, ends in (("plain", effective(tmp_path / "plain")), ("held", effective(tmp_path / "held")))
+    }
+    assert away["held"] < 0.5 * away["plain"], "held, a run ends nearer to where the first one ended"
     assert command.main([f"run={tmp_path / 'held'}", "examples=4", "decay=0.5"]) == 0
     assert read_fisher(tmp_path / "held" / FILE)[2].tasks == 2
+
+
+def test_the_anchor_of_a_run_in_bf16_is_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTLAB_BF16", "always")
+    first, words = tmp_path / "first", ["method=lora", "precision=bf16", "optimizer.lr=1e-2", "training.max_steps=3"]
+    run(first, *words)
+    assert command.main([f"run={first}", "examples=8"]) == 0
+    _, anchors, _ = read_fisher(first / FILE)
+    leaves = lora_leaves(open_run(first, base=False).model)
+    assert anchors.keys() == {f"{name}.weight" for name in leaves}
+    for name, leaf in leaves.items():
+        assert leaf.weight.dtype == torch.bfloat16
+        ended = leaf.weight.float() + leaf.scale * (leaf.lora_B @ leaf.lora_A)
+        torch.testing.assert_close(anchors[f"{name}.weight"], ended, rtol=1e-6, atol=1e-8)
+        assert not torch.equal(ended, ended.bfloat16().float())
+    ewc = [f"regularizer.ewc.source=[{first}]", "regularizer.ewc.strength=1e3", "data.split_seed=3"]
+    run(tmp_path / "second", *words, *ewc, f"method.start_from={first / 'adapter'}")
+    lines = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    values = [line["penalty/ewc"] for line in lines if line["split"] == "train"]
+    assert abs(values[0]) < 1e-4 * max(values), "a run that goes on begins where it is held to"
 
 
 def test_online_ewc_keeps_what_only_an_earlier_run_moved(tmp_path: Path) -> None:
