@@ -488,12 +488,19 @@ def check_evaluation(config: Config) -> None:
                     f"checkpoint.{key}: {str(value).lower()} needs validation, and evaluation.times is 0; give "
                     f"evaluation.times, or checkpoint.{key}={'false' if key == 'load_best' else 'null'}"
                 )
+    method = config.method
+    if isinstance(method, GradualUnfreezeConfig) and method.trigger == "stall" and checkpoint.patience is not None:
+        if checkpoint.patience <= method.every:
+            raise ConfigError(
+                f"checkpoint.patience: {checkpoint.patience} validations without a better one end the run before "
+                f"method.every={method.every} of them let more train (method.trigger=stall); give more than method.every"
+            )
     own_files = isinstance(config.data, FilesDataConfig | LabelledDataConfig)
     named = own_files and getattr(config.data, "validation", None) is not None
     needing: list[tuple[str, int | str, str]] = []
     if checkpoint.patience is not None:
         needing.append(("checkpoint.patience", checkpoint.patience, "null"))
-    if isinstance(config.method, GradualUnfreezeConfig) and config.method.trigger == "stall":
+    if isinstance(method, GradualUnfreezeConfig) and method.trigger == "stall":
         needing.append(("method.trigger", "stall", "epoch"))
     for key, value, instead in needing if config.data.validation_fraction == 0 and not named else ():
         files = " or data.validation" if own_files else ""

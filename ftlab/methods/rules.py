@@ -83,9 +83,9 @@ def weight_table(model: nn.Module, config: MethodConfig, choice: Choice) -> Trai
     """The table of a choice of pretrained weights. Errors: ConfigError if an entry of method.rates matches nothing."""
     total = num_blocks(model)
     decay = config.layer_decay
-    rules = [Rule(EMBEDDING, choice.embeddings, decay**total if choice.embeddings else 1.0)]
-    if choice.norms == "none":
-        rules.append(Rule(rf"(.*\.)?{NORM}", trainable=False))
+    # Before the embedding, which has a norm of its own in an encoder.
+    rules = [Rule(rf"(.*\.)?{NORM}", trainable=False)] if choice.norms == "none" else []
+    rules.append(Rule(EMBEDDING, choice.embeddings, decay**total if choice.embeddings else 1.0))
     rules += [Rule(pattern, choice.head) for pattern in (HEAD, LAST_NORM)]
     if choice.norms == "all":
         rules += _of_blocks(set(range(total)) - choice.blocks, rf"(.*\.)?{NORM}", decay, total)

@@ -19,7 +19,10 @@ of its own document, however documents are packed or padded. In an encoder it is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +34,7 @@ from ftlab.models.attention import Documents
 if TYPE_CHECKING:
     from ftlab.models.heads import AnyModel
 
-__all__ = ["QUIET", "Noise", "disturb", "embedding_noise", "left_out", "own_lengths"]
+__all__ = ["QUIET", "Noise", "disturb", "embedding_noise", "left_out", "own_lengths", "whole_depth"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,20 @@ def disturb(model: AnyModel, noise: Noise) -> None:
     for module in model.modules():
         if hasattr(module, "noise"):
             module.noise = noise  # type: ignore[assignment]
+
+
+@contextmanager
+def whole_depth(model: nn.Module) -> Iterator[None]:
+    """Let every block survive, with all that stochastic depth computes besides."""
+    holders: list[Any] = [module for module in model.modules() if getattr(module, "noise", QUIET).depth > 0]
+    before = [module.noise for module in holders]
+    try:
+        for module in holders:
+            module.noise = replace(module.noise, depth=sys.float_info.min)  # keep() is 1, and no draw is as much
+        yield
+    finally:
+        for module, noise in zip(holders, before, strict=True):
+            module.noise = noise
 
 
 def own_lengths(documents: Documents | None, B: int, T: int) -> Tensor:

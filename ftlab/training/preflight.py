@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ftlab.data.loader import Batch
 from ftlab.errors import FtlabError
+from ftlab.models.noise import whole_depth
 from ftlab.training.parallel import Replica
 from ftlab.training.precision import Precision
 from ftlab.training.record import peak_device_bytes, peak_rss_bytes
@@ -125,7 +126,8 @@ def preflight(replica: Replica, batch: Batch, precision: Precision) -> Preflight
     """Run `batch` forward and backward twice, change nothing, and say what it took.
 
     The second time is timed: the first one also compiles, picks kernels and fills caches. What the forward pass keeps
-    is counted in the first.
+    is counted in the first. No block is left out (stochastic depth): it would be missing in the memory, and look as if
+    nothing reached it.
 
     Raises:
         FtlabError: out of memory, or a trainable tensor without gradient.
@@ -138,7 +140,7 @@ def preflight(replica: Replica, batch: Batch, precision: Precision) -> Preflight
         for counted in (True, False):
             begin = time.monotonic()
             count = saved.counting() if counted else contextlib.nullcontext()
-            with replica.sync(False), precision.autocast(), count:
+            with replica.sync(False), precision.autocast(), whole_depth(replica.model), count:
                 loss = replica(batch.to(device)) / max(batch.num_supervised, 1)
             precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             if device.type == "cuda":

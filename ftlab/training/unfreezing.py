@@ -39,6 +39,8 @@ class Unfreezing(Hook):
         if self.config.trigger == "stall":
             if counters.stalled >= self.config.every:
                 counters.stage, counters.stalled = counters.stage + 1, 0
+                if counters.stage < len(self.stages):
+                    counters.worse_in_a_row = 0  # checkpoint.patience waits for what a stage brings
         else:
             counters.stage = (counters.step if self.config.trigger == "step" else counters.epoch) // self.config.every
         counters.stage = min(counters.stage, len(self.stages) - 1)

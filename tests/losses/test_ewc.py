@@ -75,6 +75,17 @@ def test_true_is_the_expectation_over_the_models_own_labels() -> None:
     assert float((empirical - exact).norm() / exact.norm()) > 3 * off, "another quantity"
 
 
+def test_squares_are_summed_in_fp32_whatever_the_model_is_stored_in() -> None:
+    """In bf16 a sum stops growing where an example adds less than 1/256 of it."""
+    model = tiny_llama()
+    many = batches(4) * 300
+    exact = diagonal_fisher(model, NAMES, many, kind="empirical")
+    half = diagonal_fisher(model.bfloat16(), NAMES, many, kind="empirical")
+    for name in NAMES:
+        assert half[name].dtype == torch.float32
+        assert float((half[name] - exact[name]).norm()) < 0.1 * float(exact[name].norm())
+
+
 def test_dropout_is_off_and_the_seed_decides() -> None:
     model = tiny_llama()
     make_method(LoRAConfig(rank=2, dropout=0.5)).apply(model)

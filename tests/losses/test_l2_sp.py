@@ -99,6 +99,7 @@ def test_a_wrong_rule_is_refused_before_anything_loads() -> None:
 def test_anchors_in_half_precision_and_on_the_cpu() -> None:
     model = tiny_llama()
     make_method(FreezeConfig(frozen_fraction=0.5)).apply(model)
+    before = copies(model)
     half, main = L2SP(model, 0.5, anchor="bf16"), L2SP(model, 0.5, anchor="cpu")
     assert all(at.dtype == torch.bfloat16 for at in half.anchors.values())
     assert half.anchors.keys() == main.anchors.keys()
@@ -107,7 +108,8 @@ def test_anchors_in_half_precision_and_on_the_cpu() -> None:
     rounded = {name: at.double() for name, at in half.anchors.items()}
     expected = 0.5 * sum((model.get_parameter(n).detach().double() - at).square().sum() for n, at in rounded.items())
     torch.testing.assert_close(half.value(model).detach().double(), expected, rtol=1e-6, atol=0)
-    assert torch.equal(main.value(model), L2SP.value(main, model))
+    expected = 0.5 * sum(distance for name, distance in squares(model, before).items() if name in main.anchors)
+    torch.testing.assert_close(main.value(model).detach().double(), expected, rtol=1e-6, atol=0)
 
 
 def test_decoupled_is_the_pull_of_the_fused_optimizer() -> None:
@@ -134,6 +136,23 @@ def test_decoupled_is_the_pull_of_the_fused_optimizer() -> None:
             reference_step([theirs[at]], [grads[at]], [states[at]], rule, anchors=[pull])
     for name, expected in zip(names, theirs, strict=True):
         torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_decoupled_beta_pulls_a_new_head_to_zero() -> None:
+    """By min(1, 2 lr beta) of it, besides AdamW's own step, which a gradient of zeros makes none."""
+    model = tiny_bert_classifier()
+    table = make_method(FullConfig()).apply(model)
+    penalty = DecoupledL2SP(model, 0.0, beta=0.7)
+    jiggle(model)
+    before = copies(model)
+    config = AdamWConfig(lr=0.05, weight_decay=0)
+    optimizer = build_optimizer(config, model, table, pulls=penalty.pulls(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        kept = 1 - 2 * 0.05 * 0.7 if name in HEAD else 1
+        torch.testing.assert_close(parameter.detach().double(), kept * before[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_decoupled_adds_nothing_to_the_gradient_and_leaves_what_waits() -> None:

@@ -73,6 +73,15 @@ def test_norms_on_their_own() -> None:
     assert embedding == {"model.embed_tokens.weight"}
 
 
+def test_no_norm_trains_in_an_encoder_either() -> None:
+    """Its embedding has one."""
+    model = tiny_bert_classifier()
+    make_method(FreezeConfig(frozen_fraction=0, norms="none", train_embeddings=True)).apply(model)
+    names = set(trainable_parameters(model))
+    assert "bert.embeddings.word_embeddings.weight" in names
+    assert not any("Norm" in name for name in names)
+
+
 def test_rates_fall_from_the_top_down() -> None:
     _, scales = trained(FullConfig(layer_decay=0.5))
     assert scales["model.norm.weight"] == 1.0

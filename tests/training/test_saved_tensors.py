@@ -8,6 +8,7 @@ from torch import nn
 
 from ftlab.config import FreezeConfig, FullConfig, LoRAConfig, MethodConfig, PrecisionConfig
 from ftlab.methods import make_method
+from ftlab.models.noise import Noise, disturb
 from ftlab.training.parallel import Ranks, Replica
 from ftlab.training.precision import Precision
 from ftlab.training.preflight import SavedTensors, preflight
@@ -32,8 +33,8 @@ def test_by_hand() -> None:
     assert saved.bytes == 4 * 5 * 16
 
 
-def measured(config: MethodConfig, *, recompute: bool = False) -> int:
-    model = tiny_llama()
+def measured(config: MethodConfig, *, recompute: bool = False, blocks: int = 2) -> int:
+    model = tiny_llama(blocks=blocks)
     make_method(config, seed=0).apply(model)
     model.checkpoint_blocks = recompute
     precision = Precision(PrecisionConfig(), torch.device("cpu"))
@@ -49,6 +50,26 @@ def test_less_is_kept_the_more_is_frozen() -> None:
     assert 0 < top < half < full
     assert top < lora
     assert 0.35 < (half - top) / (full - top) < 0.65, "half of the blocks keep half"
+
+
+def test_nothing_is_kept_of_frozen_blocks_below_what_trains() -> None:
+    """However many there are."""
+    assert measured(FreezeConfig(frozen_fraction=0.5)) == measured(FreezeConfig(frozen_fraction=0.75), blocks=4)
+
+
+def test_no_block_is_left_out_of_what_is_measured() -> None:
+    """Under stochastic depth the last of two blocks is left out of every second pass at random."""
+    batch = collate(ragged_examples(8), 8)[0]
+    precision = Precision(PrecisionConfig(), torch.device("cpu"))
+    for seed in range(8):
+        model = tiny_llama()
+        make_method(FullConfig(), seed=0).apply(model)
+        disturb(model, Noise(depth=0.5))
+        torch.manual_seed(seed)
+        found = preflight(Replica(model, loss_sum, Ranks()), batch, precision)
+        assert not found.silent
+        assert found.activations >= measured(FullConfig())
+        assert model.noise == Noise(depth=0.5)
 
 
 @pytest.mark.parametrize("config", [FullConfig(), LoRAConfig(rank=2)], ids=["full", "lora"])

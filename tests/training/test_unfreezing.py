@@ -122,6 +122,19 @@ def test_a_stall_counts_only_validations_that_are_no_better(tmp_path: Path) -> N
     assert [line.split(":")[0] for line in stages] == ["step 0", "step 5"]
 
 
+def test_patience_begins_anew_with_a_stage(tmp_path: Path) -> None:
+    """Stalled from step 1 on: block 0 joins after two validations, and three more end the run."""
+    config = GradualUnfreezeConfig(trigger="stall", every=2)
+    checkpoint = CheckpointConfig(every_steps=None, every_minutes=None, patience=3)
+    every = frozenset(range(1, STEPS + 1))
+    changes: dict[str, Any] = {"validate": lambda step: {"loss": 1.0 + step}, "validate_at": every}
+    state, run = gradual(tmp_path, config, checkpoint=checkpoint, **changes)
+    fit(state, run)
+    assert isinstance(run.progress, SilentProgress)
+    assert [line.split(":")[0] for line in run.progress.messages if "stage" in line] == ["step 0", "step 3"]
+    assert state.counters.step == 6
+
+
 @pytest.mark.parametrize(
     "config, stage, never",
     [
@@ -220,6 +233,7 @@ def test_a_stall_without_a_validation_example_is_refused_before_training(tmp_pat
             ["method.trigger=stall", "data.validation_fraction=0"],
             "stall needs validation, and data.validation_fraction",
         ),
+        (["method.trigger=stall", "method.every=3", "checkpoint.patience=3"], "give more than method.every"),
         (["method.trigger=blocks"], "none of step, epoch, stall"),
         (["method.rates=[q_proj]"], "PATTERN:FACTOR"),
     ],
