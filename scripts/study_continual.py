@@ -395,7 +395,8 @@ def page(record: dict[str, Any]) -> str:
         *textwrap.wrap(
             "A strength had the highest mean exact match on the validation splits of the first two tasks, after the "
             f"second, of those in brackets, on seed {TUNING_SEED}, which is in no row. EWC's Fisher information is of "
-            "100 examples, labels drawn from the model. With replay a share of the examples is old, so fewer are new.",
+            "100 examples, labels drawn from the model. With replay a share of the examples is old, so fewer are new. "
+            + " ".join(record.get("notes", ())),
             118,
         ),
         *how({**first[0], "dirty": dirty, "command": record["command"], "common": record["common"]}),
