@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -105,10 +106,11 @@ def train(
     """A run of `STEPS` steps: what it was made of, its losses, weights, log lines and the random state it ends with."""
     ranks = ranks or Ranks()
     config, built = made(method, regularizer, model=model)
-    trace: dict[str, Any] = {"built": built, "losses": {}}
+    trace: dict[str, Any] = {"built": built, "losses": {}, "grad_norms": {}}
 
     def on_step(step: int, result: StepResult, ids: tuple[str, ...]) -> None:
         trace["losses"][step] = (result.nats, result.penalties)
+        trace["grad_norms"][step] = result.grad_norm
         if step + 1 == kill_after:
             raise Killed
 
@@ -201,10 +203,19 @@ def assert_same_weights(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert torch.equal(ours["rng"], theirs["rng"])
 
 
+def save_for_ranks(folder: Path, name: str, run: dict[str, Any]) -> None:
+    """What `assert_two_ranks` reads, of one rank's run."""
+    torch.save({"weights": run["weights"], "grad_norms": run["grad_norms"]}, folder / f"{name}.pt")
+
+
 def assert_two_ranks(folder: Path, name: str, alone: dict[str, Any]) -> None:
-    """The weights in `folder`/RANK/`name`.pt are those of one rank, up to rounding."""
+    """What ranks saved in `folder`/RANK/`name`.pt is what one rank has, up to rounding.
+
+    The gradient's norm too: AdamW moves weights the same whatever factor a gradient is wrong by.
+    """
     for rank in (0, 1):
         found = torch.load(folder / str(rank) / f"{name}.pt", weights_only=True)
-        assert found.keys() == alone["weights"].keys()
+        assert found["grad_norms"] == pytest.approx(alone["grad_norms"], rel=2e-3)
+        assert found["weights"].keys() == alone["weights"].keys()
         for key, weight in alone["weights"].items():
-            torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-4, msg=key)
+            torch.testing.assert_close(found["weights"][key], weight, rtol=1e-3, atol=1e-4, msg=key)

@@ -35,6 +35,7 @@ from tests.helpers.runs import (
     made,
     one_batch,
     pulled_back,
+    save_for_ranks,
     train,
 )
 from tests.helpers.training import run_ranks
@@ -264,7 +265,7 @@ def on_a_rank(ranks: Ranks, folder: Path) -> None:
     own.mkdir()
     for name in cases("ranks"):
         run = train(own / f"run-{name}", config_of(name), RegularizerConfig(), model=METHODS[name].model, ranks=ranks)
-        torch.save(run["weights"], own / f"{name}.pt")
+        save_for_ranks(own, name, run)
 
 
 @pytest.fixture(scope="module")

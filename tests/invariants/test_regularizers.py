@@ -36,7 +36,16 @@ from ftlab.losses.fisher import FILE, FisherFacts, save_fisher
 from ftlab.losses.scalars import collecting
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.training.parallel import Ranks
-from tests.helpers.runs import Runs, assert_same_weights, assert_two_ranks, made, one_batch, pulled_back, train
+from tests.helpers.runs import (
+    Runs,
+    assert_same_weights,
+    assert_two_ranks,
+    made,
+    one_batch,
+    pulled_back,
+    save_for_ranks,
+    train,
+)
 from tests.helpers.training import collate, gradients, ragged_examples, run_ranks, tiny_llama
 
 CONF = Path(__file__).parents[2] / "conf" / "regularizer"
@@ -279,7 +288,7 @@ def on_a_rank(ranks: Ranks, folder: Path) -> None:
     own.mkdir()
     for number, (name, method) in enumerate(cases("ranks")):
         run = train(own / str(number), STILL[method](), of(name, own), ranks=ranks)
-        torch.save(run["weights"], own / f"{name}-{method}.pt")
+        save_for_ranks(own, f"{name}-{method}", run)
         torch.save(scalars(run["lines"][-1]), own / f"{name}-{method}-scalars.pt")
 
 
