@@ -489,18 +489,18 @@ def check_evaluation(config: Config) -> None:
                     f"evaluation.times, or checkpoint.{key}={'false' if key == 'load_best' else 'null'}"
                 )
     method = config.method
-    if isinstance(method, GradualUnfreezeConfig) and method.trigger == "stall" and checkpoint.patience is not None:
-        if checkpoint.patience <= method.every:
-            raise ConfigError(
-                f"checkpoint.patience: {checkpoint.patience} validations without a better one end the run before "
-                f"method.every={method.every} of them let more train (method.trigger=stall); give more than method.every"
-            )
+    stall = method.every if isinstance(method, GradualUnfreezeConfig) and method.trigger == "stall" else None
+    if stall is not None and checkpoint.patience is not None and checkpoint.patience <= stall:
+        raise ConfigError(
+            f"checkpoint.patience: {checkpoint.patience} validations without a better one end the run before "
+            f"method.every={stall} of them let more train (method.trigger=stall); give more than method.every"
+        )
     own_files = isinstance(config.data, FilesDataConfig | LabelledDataConfig)
     named = own_files and getattr(config.data, "validation", None) is not None
     needing: list[tuple[str, int | str, str]] = []
     if checkpoint.patience is not None:
         needing.append(("checkpoint.patience", checkpoint.patience, "null"))
-    if isinstance(method, GradualUnfreezeConfig) and method.trigger == "stall":
+    if stall is not None:
         needing.append(("method.trigger", "stall", "epoch"))
     for key, value, instead in needing if config.data.validation_fraction == 0 and not named else ():
         files = " or data.validation" if own_files else ""

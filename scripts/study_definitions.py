@@ -312,8 +312,8 @@ NOISE = Study(
     text=(
         "All weights of all-MiniLM-L6-v2 learn the organ system of a clinical term from its definition (21 classes,",
         "8 labelled definitions each, 5 epochs, 30 steps, scored on 1000 others). The learning rate is chosen without",
-        "noise and kept. It is high: with 3e-4 the [same runs reach 63 %](few-shot.md), so what noise is worth at a lower",
-        "rate is not said here.",
+        "noise and kept. It is high: with 3e-4 the [same runs reach 63 %](few-shot.md), so what noise is worth at a",
+        "lower rate is not said here.",
     ),
     common=(*MINILM, *ORGAN, "method=full"),
     scores=CLASSIFIER_SCORES,

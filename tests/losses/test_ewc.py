@@ -275,7 +275,7 @@ def test_from_one_run_to_the_next(method: str, tmp_path: Path, capsys: pytest.Ca
     plain = run(tmp_path / "plain", f"method={method}", "training.seed=1")
     zero = run(tmp_path / "zero", *words, "regularizer.ewc.strength=0")
     assert all(torch.equal(plain[name], zero[name]) for name in plain), "strength 0 is bitwise the run without it"
-    held = run(tmp_path / "held", *words, "regularizer.ewc.strength=1e6")
+    run(tmp_path / "held", *words, "regularizer.ewc.strength=1e6")
     lines = [json.loads(line) for line in (tmp_path / "held" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert all("penalty/ewc" in line for line in lines if line["split"] == "train")
     _, anchors, _ = read_fisher(first / FILE)
