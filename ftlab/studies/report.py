@@ -332,16 +332,26 @@ def _scores_note(record: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _is_right(answer: Answer) -> bool:
+def _is_right(answer: Answer, kind: str | None) -> bool | None:
+    """By exact match; of a classifier (`kind` of labels) by the very label, as accuracy counts; of a number None."""
+    if kind == "regression":
+        return None
+    if kind is not None:  # C and C# are two labels
+        return answer.prediction == answer.reference
     return normalise_answer(answer.prediction) == normalise_answer(answer.reference)
 
 
 def _chosen(run: RunFolder) -> list[Answer]:
-    """As many right as wrong answers of the trained model where there are enough, drawn with a fixed seed."""
-    answers = run.predictions.get("final", [])
+    """As many right as wrong answers of the trained model where there are enough, drawn with a fixed seed.
+
+    Numbers are neither, so they are drawn as they come.
+    """
+    answers, kind = run.predictions.get("final", []), kind_of_labels(run.record)
     wanted = min(_part(run.record, "config", "evaluation").get("samples", 20), len(answers))
     shuffled = random.Random(SAMPLE_SEED).sample(answers, len(answers))
-    right, wrong = [a for a in shuffled if _is_right(a)], [a for a in shuffled if not _is_right(a)]
+    if kind == "regression":
+        return shuffled[:wanted]
+    right, wrong = ([a for a in shuffled if _is_right(a, kind) is verdict] for verdict in (True, False))
     num_right = min(len(right), max(wanted - len(wrong), (wanted + 1) // 2))
     return [*right[:num_right], *wrong[: wanted - num_right]]
 
@@ -354,7 +364,7 @@ def _samples(run: RunFolder) -> list[dict[str, Any]]:
             "reference": _shortened(answer.reference),
             "before": _shortened(before[answer.id]) if answer.id in before else None,
             "after": _shortened(answer.prediction),
-            "right": _is_right(answer),
+            "right": _is_right(answer, kind_of_labels(run.record)),
         }
         for answer in _chosen(run)
     ]
@@ -370,13 +380,14 @@ def _samples_note(run: RunFolder) -> str:
     answers = run.predictions.get("final", [])
     if not answers:
         return "There are no answers of the trained model: nothing was generated for the test split."
-    if kind_of_labels(run.record) == "regression":
-        return f"{len(_chosen(run))} of {len(answers)} test records, drawn with a fixed seed ({SAMPLE_SEED})."
-    right, chosen = sum(map(_is_right, answers)), _chosen(run)
+    kind, chosen = kind_of_labels(run.record), _chosen(run)
+    if kind == "regression":
+        return f"{len(chosen)} of {len(answers)} test records, drawn with a fixed seed ({SAMPLE_SEED})."
+    right = sum(_is_right(answer, kind) is True for answer in answers)
     note = f"The trained model answered {right} of {len(answers)} test records exactly right."
     if not chosen:
         return note + " No samples were asked for."
-    shown = sum(map(_is_right, chosen))
+    shown = sum(_is_right(answer, kind) is True for answer in chosen)
     note += (
         f" Shown are {shown} right and {len(chosen) - shown} wrong answers, drawn with a fixed seed ({SAMPLE_SEED}) to "
         "show both kinds as equally as possible, not how often each occurs."

@@ -242,6 +242,49 @@ def test_samples_are_half_right_and_half_wrong_where_possible(tmp_path: Path) ->
     assert source.count('class="sample wrong"') == 6
 
 
+def labelled_run(folder: Path, kind: str, pairs: list[tuple[str, str]], samples: int = 20) -> Path:
+    """The run folder of a classifier whose answers are (given, true) labels."""
+    run_dir = make_run(folder, labels={"kind": kind, "names": []}, config={"evaluation": {"samples": samples}})
+    made = [Answer(f"{number}", f"text {number}", true, given) for number, (given, true) in enumerate(pairs)]
+    for who in ("base", "final"):
+        text = "".join(json.dumps(vars(answer)) + "\n" for answer in made)
+        (run_dir / "predictions" / f"{who}.jsonl").write_text(text)
+    return run_dir
+
+
+def test_a_label_is_right_if_it_is_the_very_one(tmp_path: Path) -> None:
+    """Unlike a generated answer, which exact match compares without case and outer punctuation."""
+    pairs = [("C", "C#"), ("-1", "1"), ("a", "A"), ("C#", "C#"), ("B", "B")]
+    run_dir = labelled_run(tmp_path / "run", "single", pairs)
+    source = write_report(run_dir).read_text("utf-8")
+    assert source.count('class="sample right"') == source.count('class="verdict good"') == 2
+    assert source.count('class="sample wrong"') == source.count('class="verdict bad"') == 3
+    text = page_of(run_dir).text
+    assert "answered 2 of 5 test records exactly right" in text
+    assert "Shown are 2 right and 3 wrong answers" in text
+    generated = labelled_run(tmp_path / "generated", "single", pairs)
+    content = json.loads((generated / "run.json").read_text())
+    (generated / "run.json").write_text(json.dumps({**content, "labels": None}))
+    assert "answered 5 of 5 test records exactly right" in page_of(generated).text
+
+
+def test_a_number_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+    """The samples are then a plain draw: the same ones whatever was answered."""
+    exact = [(f"{number}", f"{number}") for number in range(30)]
+    shown = []
+    for name, off in (("some", 3), ("none", 1)):
+        pairs = [(f"{given}.5" if int(given) % off == 0 else given, true) for given, true in exact]
+        source = write_report(labelled_run(tmp_path / name, "regression", pairs, samples=6)).read_text("utf-8")
+        assert source.count('<div class="sample">') == 6
+        assert 'class="verdict' not in source
+        assert not re.search(r'class="sample (right|wrong)"', source)
+        text = read_page(source).text
+        assert "6 of 30 test records, drawn with a fixed seed (0)." in text
+        assert "exactly right" not in text
+        shown.append(re.findall(r"<dt>prompt</dt><dd>(text \d+)", source))
+    assert shown[0] == shown[1]
+
+
 def test_what_regularizers_log_is_drawn(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     titles = [panel.title for panel in panels_of(read_run(run_dir))]
