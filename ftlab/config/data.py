@@ -89,7 +89,9 @@ class LabelledDataConfig(DataConfig):
     label_field: str = option("label", "field or column of the label")
     separator: str = option("|", "between the labels of one CSV cell, for labels=multi")
     min_per_label: int = option(1, "labels with fewer records are left out, with their records", low=1)
-    shots: int | None = option(None, "k-shot: train on this many texts of each label; null: on all", low=1)
+    shots: int | None = option(
+        None, "k-shot: train on this many texts of each label, and of those without one; null: on all", low=1
+    )
     shots_seed: int = option(0, "which texts those are", low=0)
 
 

@@ -1,7 +1,7 @@
 """``python -m ftlab.data``: look at data before training on it.
 
 - ``inspect NAME...``: tokens and labels of the first records, counts, lengths. A name is a data option or the location
-  of a JSONL or JSON file.
+  of a JSONL or JSON file, with ``--labels`` of a CSV or TSV file too.
 - ``card NAME``: what a source is, its licence and citation.
 - ``list``: the data options.
 """
@@ -44,7 +44,7 @@ OPTIONS = {
     "home_intents": "commands to a smart home with their intent, English (4,271 sentences, 1 MB to fetch)",
     "home_intents_zh": "the same in Chinese (3,273 sentences, 1 MB to fetch)",
     "topics": "sentences with a topic as label that come with ftlab, no download",
-    "labelled": "your own JSONL or CSV with labels: give the file's path and --labels",
+    "labelled": "your own JSONL, JSON, CSV or TSV with labels: give the file's path and --labels",
     "capitals": "questions about capitals that come with ftlab: for trying things out, no download",
     "files": "your own JSONL or JSON: give the file's path instead of this name",
 }
@@ -139,7 +139,12 @@ def run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m ftlab.data", description="Look at data before training on it.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("inspect", help="tokens with their labels, counts, lengths")
-    look.add_argument("names", nargs="+", metavar="NAME", help="a data option, or the location of a JSONL or JSON file")
+    look.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="a data option, or the location of a JSONL or JSON file; with --labels of a CSV or TSV file too",
+    )
     look.add_argument("--template", default="model", help="model, chatml, plain or a jinja file (default: model)")
     look.add_argument("--tokenizer", metavar="LOCATION", help="a GGUF file, folder or tokenizer.json (default: bytes)")
     look.add_argument("-n", type=int, default=3, help="records shown token by token (default: 3)")

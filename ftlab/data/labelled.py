@@ -131,21 +131,23 @@ def few_shots(
 ) -> tuple[list[Record], tuple[str, ...]]:
     """`shots` records of each label, drawn by a hash of seed and id, in their old order; and remarks.
 
-    A record with several labels is taken while any of them lacks records, so that a frequent label may have more. More
-    shots with the same seed give a superset.
+    A record with several labels is taken while any of them lacks records, so that a frequent label may have more; those
+    without any are one more kind. More shots with the same seed give a superset.
     """
 
     def key(record: Record) -> bytes:
         return hashlib.sha256(f"shots\0{seed}\0{record.id}".encode("utf-8", "surrogatepass")).digest()
 
-    have: Counter[str] = Counter()
+    have: Counter[str | None] = Counter()  # None: no label
     chosen: set[str] = set()
     for record in sorted(records, key=key):
-        own = names_of(record)
+        own: frozenset[str | None] = names_of(record) or frozenset({None})
         if any(have[name] < shots for name in own):
             chosen.add(record.id)
             have.update(own)
     short = [f"{name} ({have[name]})" for name in labels.names if have[name] < shots]
+    if 0 < have[None] < shots:
+        short.append(f"{label_text(())} ({have[None]})")
     notes = (f"labels with fewer than data.shots={shots} training records: {', '.join(short)}",) if short else ()
     return [record for record in records if record.id in chosen], notes
 

@@ -92,3 +92,10 @@ def test_inspect_shows_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "over max_length=4: 1" in lines
     assert main(["inspect", "topics", "-n", "0"]) == 0
     assert "42 texts" in capsys.readouterr().out
+
+
+def test_the_help_names_the_files_that_can_be_inspected(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the location of a JSONL or JSON file; with --labels of a CSV or TSV file too" in said

@@ -85,6 +85,23 @@ def test_fields_have_the_names_that_were_given(tmp_path: Path) -> None:
     assert found[0].messages[0].content == "a\nb"
 
 
+def test_a_second_text_may_be_missing_from_a_row_but_not_from_a_file(tmp_path: Path) -> None:
+    rows = [{"text": "a", "premise": None, "label": "x"}, {"text": "b", "label": "y"}]
+    assert len(read_labelled(Path(rows_file(tmp_path, rows)), config(pair_field="premise"))) == 2
+    assert len(read_labelled(Path(rows_file(tmp_path, rows[1:])), config())) == 1  # the default field is optional
+    assert (
+        len(read_labelled(write(tmp_path, "text,premise,label\na,,x\n", "my.csv"), config(pair_field="premise"))) == 1
+    )
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    """csv refuses more than 131,072 characters by itself."""
+    long = "word, " * 50_000
+    (record,) = read_labelled(write(tmp_path, f'text,label\n"{long}",x\n', "my.csv"), config())
+    assert isinstance(record, LabelledRecord)
+    assert record.text == long
+
+
 @pytest.mark.parametrize(
     ("name", "text", "changes", "message"),
     [
@@ -107,6 +124,30 @@ def test_fields_have_the_names_that_were_given(tmp_path: Path) -> None:
         ("my.csv", "text,label\na,x\nb\n", {}, "line 3: 1 cells, the header has 2"),
         ("my.csv", 'text,label\n"a,x\n', {}, "not CSV"),
         ("my.csv", "id,text,label\n1,a,x\n1,b,y\n", {}, "line 3, field id: '1' was used before"),
+        (
+            "my.jsonl",
+            f'{{"text": "a", "label": 1{"0" * 400}}}\n',
+            {"labels": "regression"},
+            r"line 1, field label: expected a finite number \(data.labels=regression\), got 10{10,}\.\.\.0+$",
+        ),
+        (
+            "my.jsonl",
+            '{"text": "a", "label": "x"}\n{"text": "b", "premise": "c", "label": "x"}\n',
+            {"pair_field": "premiss"},
+            r"my.jsonl: no row has the field premiss \(data.pair_field\); the fields are text, label, premise$",
+        ),
+        (
+            "my.json",
+            '[{"text": "a", "label": "x"}]',
+            {"pair_field": "premiss"},
+            "my.json: no row has the field premiss",
+        ),
+        (
+            "my.csv",
+            "text,premise,label\na,b,x\n",
+            {"pair_field": "premiss"},
+            "my.csv, line 1: there is no column premiss; the columns are text, premise, label",
+        ),
     ],
 )
 def test_broken_rows_are_named(name: str, text: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -194,6 +235,18 @@ def test_shots_of_several_labels() -> None:
     assert have["b"] == 3
     assert have["a"] >= 3
     assert not notes
+
+
+def test_texts_without_a_label_are_one_more_kind() -> None:
+    records: list[Record] = [labelled_record(str(i), f"{i}", None, [("a",), ("b",), ()][i % 3]) for i in range(60)]
+    labels = LabelSet.of("multi", labels_of(records))
+    chosen, notes = few_shots(records, labels, 4, seed=0)
+    assert Counter(labels_of(chosen)) == {("a",): 4, ("b",): 4, (): 4}
+    assert not notes
+    chosen, notes = few_shots(records[:5], labels, 2, seed=0)
+    assert Counter(labels_of(chosen)) == {("a",): 2, ("b",): 2, (): 1}
+    assert notes == ("labels with fewer than data.shots=2 training records: (none) (1)",)
+    assert few_shots([r for r in records if r.reference != "(none)"], labels, 4, seed=0)[1] == ()
 
 
 # --- tokens and batches ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The user's own labelled files: JSONL, JSON or CSV.
+"""The user's own labelled files: JSONL, JSON, CSV or TSV.
 
 A row has a text, perhaps a second one, and a label; the names of these fields are settings::
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def read_labelled(
     """All records of one file, checked. Errors: FtlabError with the file, the line and the field."""
     seen = {} if seen is None else seen
     if path.is_dir():
-        raise FtlabError(f"{path}: is a folder; name a JSONL or CSV file")
+        raise FtlabError(f"{path}: is a folder; name a JSONL, JSON, CSV or TSV file")
     text, suffix = decode_utf8(path), path.suffix.lower()
     rows = jsonl_rows(path, text)
     if suffix in TABLES:
@@ -91,8 +92,11 @@ def read_labelled(
     elif suffix == ".json":
         rows = json_rows(path, text)
     records: list[Record] = []
+    fields: dict[str, None] = {}  # an ordered set
     for number, row in rows:
         where = f"line {number}"
+        if isinstance(row, dict):
+            fields |= dict.fromkeys(row)
         try:
             record = parse_labelled(row, config, f"{side}:{number}", in_table=suffix in TABLES)
             if record.id in seen:
@@ -105,16 +109,27 @@ def read_labelled(
         records.append(record)
     if not records:
         raise FtlabError(f"{path}: holds no record; expected rows with {config.text_field} and {config.label_field}")
+    if _named_pair(config) and suffix not in TABLES and config.pair_field not in fields:
+        raise FtlabError(
+            f"{path}: no row has the field {config.pair_field} (data.pair_field); the fields are {', '.join(fields)}"
+        )
     return records
+
+
+def _named_pair(config: LabelledDataConfig) -> bool:
+    """Whether the field of a second text was named; the default need not be there."""
+    return config.pair_field != LabelledDataConfig.pair_field
 
 
 def table_rows(path: Path, text: str, delimiter: str, config: LabelledDataConfig) -> Iterator[tuple[int, Any]]:
     """(line on which it ends, {column: cell}) of each row of a CSV or TSV file."""
+    # The module's limit, for every reader, is 131,072 characters a cell; a mail or a report may be longer.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         needed = (config.text_field, config.label_field)
-        for name in needed:
+        for name in (*needed, *([config.pair_field] if _named_pair(config) else [])):
             if name not in header:
                 raise FtlabError(
                     f"{path}, line 1: there is no column {name}; the columns are {', '.join(header) or '(none)'}"
@@ -180,8 +195,8 @@ def number_of(value: Any, field: str, in_table: bool) -> float:
     """A finite number."""
     try:
         number = float(value) if in_table or not isinstance(value, str | bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: an integer beyond every float
         number = math.nan
     if not math.isfinite(number):
-        raise RowError(field, f"expected a finite number (data.labels=regression), got {value!r}")
+        raise RowError(field, f"expected a finite number (data.labels=regression), got {reprlib.repr(value)}")
     return number
