@@ -74,8 +74,8 @@ __all__ = [
     "build_tokenizer",
     "build_training",
     "causal",
-    "check_lengths",
     "check_metric",
+    "check_texts",
     "export_folder",
     "fingerprints",
     "foreseen",
@@ -425,10 +425,10 @@ def check_metric(config: Config, data: DataSet) -> None:
         )
 
 
-def check_lengths(data: DataSet, model: AnyModel) -> None:
-    """Errors: FtlabError naming a text with more tokens than an encoder has positions."""
+def check_texts(data: DataSet, model: AnyModel) -> None:
+    """Errors: FtlabError naming a text that an encoder cannot read."""
     if isinstance(model, Classifier):
-        classify.check_lengths([*data.train, *data.validation, *data.test, *data.replayed], model)
+        classify.check_texts([*data.train, *data.validation, *data.test, *data.replayed], model)
 
 
 def causal(model: AnyModel) -> LlamaForCausalLM:

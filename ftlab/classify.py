@@ -8,22 +8,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftlab.assets import resolve
-from ftlab.config import Config, LoRAConfig, PretrainedConfig, RandomBertConfig, makes_classifier
-from ftlab.data.labelled import encode_labelled, load_labelled
+from ftlab.config import (
+    Config,
+    DataConfig,
+    LabelledDataConfig,
+    LoRAConfig,
+    PretrainedConfig,
+    RandomBertConfig,
+    makes_classifier,
+)
+from ftlab.data.labelled import LabelledExample, LabelledRecord, encode_labelled, load_labelled
 from ftlab.data.records import SourceInfo, Splits
 from ftlab.data.tokenization import Example
 from ftlab.errors import ConfigError, FtlabError
+from ftlab.evaluation.text_metrics import normalise_answer
 from ftlab.losses.classification import classification_loss
 from ftlab.models.bert import BertConfig, BertModel, is_bert, load_bert, random_bert
 from ftlab.models.heads import BertClassifier, Classifier, Head, LlamaClassifier, head_in, read_head
-from ftlab.models.labels import LabelSet
+from ftlab.models.labels import LabelSet, label_text
 from ftlab.models.llama import LlamaForCausalLM
 from ftlab.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ftlab.training.parallel import Ranks
 
-__all__ = ["about_head", "check_lengths", "classifier", "encoder", "labelled_data", "objective"]
+__all__ = ["about_head", "check_answers", "check_texts", "classifier", "encoder", "labelled_data", "objective"]
 
 
 def labelled_data(
@@ -138,8 +147,42 @@ def about_head(config: Config, labels: LabelSet) -> str:
     return f"the head is new: {why}" if _saved_head(config) is not None else ""
 
 
-def check_lengths(examples: list[Example], model: Classifier) -> None:
-    """Errors: FtlabError naming a text that has more tokens than an encoder has positions."""
+def check_answers(data: DataConfig, splits: Splits) -> None:
+    """Errors: FtlabError naming labels that data.instruction asks for and exact_match would count as one.
+
+    Compared are the labels by name and, of several a text, the answers that the records have.
+    """
+    if not isinstance(data, LabelledDataConfig) or data.instruction is None:
+        return
+    found: set[tuple[str, ...]] = set()
+    for record in (*splits.train, *splits.validation, *splits.test):
+        assert isinstance(record, LabelledRecord)
+        label = record.label if isinstance(record.label, tuple) else (str(record.label),)
+        found |= {label, *((name,) for name in label)}
+    advice = "rename one in the data, or train a head, without data.instruction"
+    first: dict[str, tuple[str, ...]] = {}
+    for label in sorted(found):
+        compared = normalise_answer(label_text(label))
+        if not compared:  # punctuation alone
+            raise FtlabError(
+                f"data.instruction: exact_match, which ignores case and outer punctuation, cannot tell the label "
+                f"{_shown(label)} from an empty answer; {advice}"
+            )
+        other = first.setdefault(compared, label)
+        if other != label:
+            raise FtlabError(
+                f"data.instruction: exact_match, which ignores case and outer punctuation, cannot tell the labels "
+                f"{_shown(other)} and {_shown(label)} apart; {advice}"
+            )
+
+
+def _shown(label: tuple[str, ...]) -> str:
+    """One label as a text, several or none as a list."""
+    return repr(label[0] if len(label) == 1 else list(label))
+
+
+def check_texts(examples: list[Example], model: Classifier) -> None:
+    """Errors: FtlabError naming a text that an encoder cannot read: it has too few positions or kinds of segment."""
     if not isinstance(model, BertClassifier):
         return
     longest = max(examples, key=lambda example: len(example.token_ids))
@@ -149,6 +192,13 @@ def check_lengths(examples: list[Example], model: Classifier) -> None:
             f"{model.config.max_position_embeddings} positions; lower data.max_length, and set data.too_long to "
             "truncate or drop"
         )
+    kinds = model.config.type_vocab_size
+    for example in examples:
+        if isinstance(example, LabelledExample) and max(example.token_types, default=0) >= kinds:
+            raise FtlabError(
+                f"{example.id}: has a second text, but the encoder has one kind of segment (type_vocab_size={kinds}) "
+                "and pairs need two; join the texts in one field, or take another model"
+            )
 
 
 def objective(config: Config, label_smoothing: float = 0.0, r_drop: float = 0.0) -> Any:

@@ -185,6 +185,7 @@ class _Session:
                 )
             self.tell("no validation example: nothing is validated, and the last weights are the result")
         build.check_metric(self.config, data)
+        classify.check_answers(self.config.data, data.splits)
         if not data.test and evaluation.test:
             self.tell("no test example: nothing is scored at the end")
         return tokenizer, data, loader
@@ -240,7 +241,7 @@ class _Session:
         if data.labels is not None and (line := classify.about_head(self.config, data.labels)):
             self.tell(line)
         model, method = build.build_base(self.config, tokenizer, self.ranks, data.labels)
-        build.check_lengths(data, model)
+        build.check_texts(data, model)
         self.record.update(model=build.model_facts(self.config, model))
         return build.build_training(self.config, model, method, precision)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ftlab import evaluate, export, fisher, generate, train
-from ftlab.data.labelled import collate_labelled
+from ftlab import classify, evaluate, export, fisher, generate, train
+from ftlab.config import LabelledDataConfig
+from ftlab.data.labelled import collate_labelled, labelled_record
+from ftlab.data.records import Record, Splits
 from ftlab.errors import FtlabError
 from ftlab.models.heads import Classifier
 from ftlab.open_run import open_run
@@ -337,6 +340,80 @@ def test_asked_as_a_conversation_it_is_a_language_model_run(tmp_path: Path) -> N
     answers = [json.loads(line) for line in (second / "predictions" / "final.jsonl").read_text().splitlines()]
     assert {answer["reference"] for answer in answers} <= {"cooking", "sport", "weather"}
     assert fisher.main([f"run={second}", "examples=4"]) == 0
+
+
+def asked(labels: list[Any], kind: str = "single") -> tuple[LabelledDataConfig, Splits]:
+    """Records with these labels, the last of them in the test split, as answers to an instruction."""
+    records: list[Record] = [labelled_record(str(n), f"text {n}", None, label) for n, label in enumerate(labels)]
+    data = LabelledDataConfig(train="unused", labels=kind, instruction="Which?")
+    return data, Splits(records[:-1], [], records[-1:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "told"),
+    [
+        ("single", ["C", "D", "C#"], "cannot tell the labels 'C' and 'C#' apart"),
+        ("single", ["1", "-1", "2"], "cannot tell the labels '-1' and '1' apart"),
+        ("single", ["A", "b", "a"], "cannot tell the labels 'A' and 'a' apart"),
+        ("single", ["a", "?", "b"], "cannot tell the label '?' from an empty answer"),
+        ("multi", [("a", "B"), ("b",), ()], "cannot tell the labels 'B' and 'b' apart"),
+        ("multi", [("c", "C#"), ("a",)], "cannot tell the labels 'C#' and 'c' apart"),
+        ("multi", [("b", "none"), ()], r"cannot tell the labels \[\] and 'none' apart"),
+        ("multi", [("a, b",), ("a", "b")], r"cannot tell the labels \['a', 'b'\] and 'a, b' apart"),
+    ],
+)
+def test_labels_that_exact_match_takes_for_one_are_refused_as_answers(kind: str, labels: list[Any], told: str) -> None:
+    data, splits = asked(labels, kind)
+    with pytest.raises(FtlabError, match=f"data.instruction: .*{told}"):
+        classify.check_answers(data, splits)
+    classify.check_answers(replace(data, instruction=None), splits)  # a head tells them by their numbers
+
+
+def test_labels_that_exact_match_tells_apart_are_answers() -> None:
+    classify.check_answers(*asked([("a", "b"), ("b",), ("a b",), ()], "multi"))
+    classify.check_answers(*asked(["true", "false", "C", "C++ 17"]))
+
+
+def test_they_are_refused_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"number {i}", "label": ["C", "C#"][i % 2]} for i in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data=labelled", f"data.train={path}", "model=tiny_random", "method=lora", "training.max_steps=1"]
+    run_dir = tmp_path / "asked"
+    assert train.main([*TINY, *words, "data.instruction=Which?", f"run_dir={run_dir}"]) == 1
+    assert (
+        "cannot tell the labels 'C' and 'C#' apart; rename one in the data, or train a head, without data.instruction"
+        in capsys.readouterr().err
+    )
+    assert not json.loads((run_dir / "run.json").read_text()).get("scores")
+    trained(tmp_path / "head", *words, "evaluation.times=1")
+
+
+def test_an_encoder_with_one_kind_of_segment_takes_no_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    small = transformers.BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        type_vocab_size=1,
+    )
+    transformers.BertModel(small).save_pretrained(tmp_path / "bert")
+    model = ["model=minilm", "model.tokenizer=bytes", f"model.location={tmp_path / 'bert'}", "method=full"]
+    for name, pair in (("pairs", {"text_pair": "second"}), ("alone", {})):
+        rows = [{"text": f"number {i}", "label": "ab"[i % 2], **pair} for i in range(20)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run_dir = tmp_path / name
+        words = [*model, "data=labelled", f"data.train={path}", "training.max_steps=1", f"run_dir={run_dir}"]
+        code = train.main([*TINY, *words])
+        said = capsys.readouterr().err
+        assert code == (name == "pairs"), said
+        if code:
+            assert ": has a second text, but the encoder has one kind of segment (type_vocab_size=1)" in said
+            assert "join the texts in one field" in said
+            assert not json.loads((run_dir / "run.json").read_text()).get("scores")
 
 
 def test_a_metric_that_validation_cannot_settle_is_refused_before_training(
