@@ -114,7 +114,9 @@ class LlamaConfig:
         change the maths is refused by name with FtlabError, never ignored.
         """
         if fields.get("model_type", "llama") != "llama":
-            raise FtlabError(f"{where}: model_type is {fields['model_type']!r}; only llama is implemented")
+            raise FtlabError(
+                f"{where}: model_type is {fields['model_type']!r}; implemented are llama, and bert for data with labels"
+            )
         missing = [name for name in REQUIRED if fields.get(name) is None]
         if missing:
             raise FtlabError(f"{where}: missing {', '.join(missing)}")

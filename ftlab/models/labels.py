@@ -38,14 +38,18 @@ class LabelSet:
 
     @classmethod
     def of(cls, kind: str, labels: Iterable[Label]) -> LabelSet:
-        """The set that training labels fix. Errors: FtlabError if they are fewer than two."""
+        """The set that training labels fix. Errors: FtlabError if there is nothing to tell apart."""
         if kind == "regression":
             return cls(kind, ())
         names: set[str] = set()
         for label in labels:
             names.update(label if isinstance(label, tuple) else [str(label)])
         if len(names) < 2 - (kind == "multi"):
-            raise FtlabError(f"the training records have the labels {sorted(names)}: a classifier needs two or more")
+            least = "one" if kind == "multi" else "two"
+            raise FtlabError(
+                f"the training records have the labels {sorted(names)}: a classifier needs {least} or more "
+                f"(data.labels={kind})"
+            )
         return cls(kind, tuple(sorted(names)))
 
     def __str__(self) -> str:

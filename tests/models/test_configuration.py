@@ -82,6 +82,12 @@ def test_a_field_that_changes_the_maths_is_refused_by_name(changes: dict[str, An
     assert "\n" not in str(error.value)
 
 
+def test_another_architecture_is_told_which_there_are() -> None:
+    said = "^here: model_type is 'roberta'; implemented are llama, and bert for data with labels$"
+    with pytest.raises(FtlabError, match=said):
+        LlamaConfig.from_hf(BASE | {"model_type": "roberta"}, "here")
+
+
 @pytest.mark.parametrize(
     "rope, message",
     [

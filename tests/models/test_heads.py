@@ -301,8 +301,11 @@ def test_a_label_that_training_does_not_have_is_named(kind: str, label: Any, mes
 
 
 def test_one_label_is_no_classifier() -> None:
-    with pytest.raises(FtlabError, match="needs two or more"):
+    with pytest.raises(FtlabError, match=r"\['a'\]: a classifier needs two or more \(data.labels=single\)"):
         LabelSet.of("single", ["a", "a"])
+    with pytest.raises(FtlabError, match=r"\[\]: a classifier needs one or more \(data.labels=multi\)"):
+        LabelSet.of("multi", [(), ()])
+    assert LabelSet.of("multi", [("a",), ()]).names == ("a",)
 
 
 def test_answers_as_text() -> None:
