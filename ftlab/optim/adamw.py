@@ -126,10 +126,11 @@ def decayed(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in embeddings}
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's rate to `factor` times its base_lr."""
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set each group's rate to `factor` times its base_lr; returns the run's own, of a share of 1."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+    return float(optimizer.defaults["lr"]) * factor
 
 
 def _check_names(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

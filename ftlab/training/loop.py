@@ -196,7 +196,7 @@ def fit(state: TrainState, run: Fit) -> None:
         for hook in run.hooks:
             hook.before_step(state, run)
         micro_batches, ids = _next_batches(state, run, ranks)
-        set_lr(state.optimizer, run.schedule(state.counters.updates))
+        rate = set_lr(state.optimizer, run.schedule(state.counters.updates))
         result = train_step(
             run.replica,
             state.optimizer,
@@ -213,7 +213,7 @@ def fit(state: TrainState, run: Fit) -> None:
         run.log_tokens += result.tokens
         if run.on_step is not None:
             run.on_step(step, result, ids)
-        _log(state, run, result)
+        _log(state, run, result, rate)
         _check_divergence(state, run)
         _validate_if_due(state, run)
         every = run.checkpoint.every_steps
@@ -261,7 +261,7 @@ def _logs(step: int, limits: Limits) -> bool:
     return step % limits.log_every == 0 or step == limits.total_steps
 
 
-def _log(state: TrainState, run: Fit, result: StepResult) -> None:
+def _log(state: TrainState, run: Fit, result: StepResult, rate: float) -> None:
     counters, limits = state.counters, run.limits
     if not _logs(counters.step, limits):
         return
@@ -271,7 +271,7 @@ def _log(state: TrainState, run: Fit, result: StepResult) -> None:
     shares = result.penalty_norms if whole != 0 else {}  # 0: dropout may leave nothing to learn from
     values: dict[str, Any] = {
         "loss": counters.window_nats / counters.window_supervised if counters.window_supervised else float("nan"),
-        "lr": state.optimizer.param_groups[0]["lr"],
+        "lr": rate,
         "grad_norm": whole,
         **{f"penalty/{name}": value for name, value in result.penalties.items()},
         **{f"penalty_share/{name}": norm / whole for name, norm in shares.items()},

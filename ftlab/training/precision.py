@@ -95,6 +95,8 @@ class Precision:
         An optimizer with a `grad_norm` of its own unscales, measures, clips and decides in its own step.
         """
         own = hasattr(type(optimizer), "grad_norm")
+        if not finite and self.scaler.is_enabled():
+            _spoil(optimizer)
         norm = math.nan if own else float(self.norm(optimizer, max_norm))
         finite = finite and (own or math.isfinite(norm))
         if finite or self.scaler.is_enabled():
@@ -109,6 +111,13 @@ class Precision:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         return clip_gradients(parameters, max_norm)
+
+
+def _spoil(optimizer: torch.optim.Optimizer) -> None:
+    """Make a gradient infinite: the scaler looks at gradients alone, and leaves a step out for no other reason."""
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    if (first := next(gradients, None)) is not None:
+        first.fill_(math.inf)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:

@@ -44,8 +44,9 @@ def test_set_lr_scales_every_group() -> None:
     table().apply(model)
     optimizer = build_optimizer(CONFIG, model, table())
     set_lr(optimizer, 0.5)
-    set_lr(optimizer, 0.25)  # the factor is of the peak, not of the present rate
+    rate = set_lr(optimizer, 0.25)  # the factor is of the peak, not of the present rate
     assert {group["lr"] for group in optimizer.param_groups} == {0.025, 0.0125}
+    assert rate == 0.025
 
 
 def test_one_step_by_hand() -> None:

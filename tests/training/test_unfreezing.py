@@ -135,6 +135,18 @@ def test_patience_begins_anew_with_a_stage(tmp_path: Path) -> None:
     assert state.counters.step == 6
 
 
+@pytest.mark.parametrize("every", [1, 99], ids=["all join", "the lowest never joins"])
+def test_the_rate_that_is_logged_is_the_runs_own(every: int, tmp_path: Path) -> None:
+    """Whatever share of it the first of the optimizer's groups has, and whoever trains."""
+    config = GradualUnfreezeConfig(trigger="step", every=every, train_embeddings=True, layer_decay=0.5)
+    state, run = gradual(tmp_path, config)
+    fit(state, run)
+    assert {group["base_lr"] for group in state.optimizer.param_groups} == {1e-2, 0.5e-2, 0.25e-2}
+    assert state.optimizer.param_groups[0]["base_lr"] == 0.25e-2
+    lines = [line for line in run.tracker.lines if line["split"] == "train"]  # type: ignore[attr-defined]
+    assert [line["lr"] for line in lines] == [1e-2 * (1.0 / (1 + step)) for step in range(STEPS)]
+
+
 @pytest.mark.parametrize(
     "config, stage, never",
     [

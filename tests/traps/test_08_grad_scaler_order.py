@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,12 +28,14 @@ class ScaledFp32(Precision):
         self.compute = torch.float32
 
 
-def one_step(precision: Precision, *, broken: bool = False, poison: bool = False) -> tuple[Any, Any, Any]:
+def one_step(
+    precision: Precision, *, broken: bool = False, objective: Callable[..., torch.Tensor] = loss_sum
+) -> tuple[Any, Any, Any]:
     model = tiny_llama()
     optimizer = build_optimizer(AdamWConfig(lr=1e-2), model, make_method(FullConfig(), seed=0).apply(model))
     before = copy.deepcopy(model.state_dict())
     batches = collate(ragged_examples(8), 4)
-    replica = Replica(model, _poisoned if poison else loss_sum, Ranks())
+    replica = Replica(model, objective, Ranks())
     if broken:
         precision.norm = lambda optimizer, max_norm: _clip_scaled(optimizer, max_norm)  # type: ignore[method-assign]
     result = train_step(replica, optimizer, batches, precision=precision, max_grad_norm=0.1)
@@ -48,6 +51,11 @@ def _clip_scaled(optimizer: torch.optim.Optimizer, max_norm: float | None) -> to
 
 def _poisoned(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     return loss_sum(model, batch) * float("inf")
+
+
+def _offset(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """A loss that is not finite with a gradient that is."""
+    return loss_sum(model, batch) + float("inf")
 
 
 def assert_same_update(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
@@ -70,9 +78,10 @@ def test_clipping_before_unscaling_fails_the_same_assertion() -> None:
         assert_same_update(ours, reference)
 
 
-def test_a_non_finite_step_moves_nothing_and_halves_the_scale() -> None:
+@pytest.mark.parametrize("objective", [_poisoned, _offset])
+def test_a_non_finite_step_moves_nothing_and_halves_the_scale(objective: Callable[..., torch.Tensor]) -> None:
     precision = ScaledFp32()
-    update, result, optimizer = one_step(precision, poison=True)
+    update, result, optimizer = one_step(precision, objective=objective)
     assert not result.applied
     assert all(bool((change == 0).all()) for change in update.values())
     for moments in optimizer.state_dict()["state"].values():
@@ -82,7 +91,7 @@ def test_a_non_finite_step_moves_nothing_and_halves_the_scale() -> None:
 
 def test_scaler_state_round_trips() -> None:
     precision = ScaledFp32()
-    one_step(precision, poison=True)
+    one_step(precision, objective=_poisoned)
     other = ScaledFp32()
     other.scaler.load_state_dict(precision.scaler.state_dict())
     assert other.scaler.get_scale() == precision.scaler.get_scale() == 2.0**15
