@@ -11,7 +11,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_directory", "atomic_path", "atomic_write", "one_place", "sha256_bytes", "sha256_file"]
+__all__ = [
+    "atomic_directory",
+    "atomic_path",
+    "atomic_write",
+    "clean_leftovers",
+    "one_place",
+    "sha256_bytes",
+    "sha256_file",
+]
 
 READ_BYTES = 1 << 20
 
@@ -109,6 +117,25 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise
     fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_leftovers(directory: Path, names: Iterable[str] = ("*",)) -> None:
+    """Remove, or put back, what killed processes left of writing files and folders of these names in `directory`.
+
+    The names may be patterns. Call it where no other process can be writing one of them.
+    """
+    for name in names:
+        for leftover in list(directory.glob(f".{name}.tmp-*")):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        for moved in list(directory.glob(f".{name}.old-*")):  # killed at a replacement, perhaps between its two renames
+            target = directory / moved.name[1:].rsplit(".old-", 1)[0]
+            if target.exists():
+                shutil.rmtree(moved, ignore_errors=True)
+            else:
+                moved.rename(target)
 
 
 def one_place(paths: Iterable[str | Path]) -> tuple[str, str] | None:

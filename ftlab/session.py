@@ -32,7 +32,7 @@ from ftlab.training.preflight import preflight, static_memory
 from ftlab.training.profiling import StepProfiler, window
 from ftlab.training.progress import Progress, memory_size
 from ftlab.training.record import RunRecord, peak_device_bytes, peak_rss_bytes, reset_peaks
-from ftlab.training.run_dir import differences, own_folder, set_aside
+from ftlab.training.run_dir import differences, needed_within, own_folder, set_aside
 from ftlab.training.signals import Interrupted, StopSignal
 from ftlab.training.state import TrainState, changed_inputs, seed_rng
 from ftlab.training.tracking import Tracker, logged
@@ -85,7 +85,9 @@ class _Session:
     ) -> None:
         self.config, self.resolved, self.run_dir = config, resolved, run_dir
         self.settled = build.with_absolute_paths(resolved)  # so that the run can be read from any folder
+        self.needed = needed_within(run_dir, self.settled)
         self.opened = False
+        self.fitting: Fit | None = None
         self.ranks, self.stop, self.record = ranks, stop, record
         self.hash = config_hash(resolved)
         self.progress = Progress(enabled=ranks.is_main)
@@ -97,6 +99,18 @@ class _Session:
         """A line for the user now, and for the report."""
         self.warnings.append(line)
         self.progress.message(line)
+
+    @property
+    def again(self) -> str:
+        """The command that goes on from here. never would set this run aside, and a path goes back to its checkpoint.
+
+        Until something is saved in this folder that checkpoint is what there is to go on from.
+        """
+        resume = self.config.resume
+        saved = self.fitting is not None and self.fitting.saved_step >= 0
+        if resume == "auto" or not (self.opened if resume == "never" else saved):
+            return "the same command"
+        return f"the same command with resume=auto in place of resume={resume}"
 
     # --- the phases -------------------------------------------------------------------------------------------------
 
@@ -115,7 +129,7 @@ class _Session:
             return self.end("failed", str(problem), None, problem)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            problem = FtlabError(f"{where}{error.strerror or error}; put that right and give the same command again")
+            problem = FtlabError(f"{where}{error.strerror or error}; put that right and give {self.again} again")
             return self.end("failed", str(problem), None, problem)
         except BaseException as error:
             self.end("failed", f"{type(error).__name__}: {error}", 1)
@@ -159,7 +173,7 @@ class _Session:
             resume_step=state.counters.step if saved is not None else None,
             enabled=self.ranks.is_main,
         )
-        run = self._loop(replica, loader, schedule, steps, built)
+        run = self.fitting = self._loop(replica, loader, schedule, steps, built)
         self._fit(run, state, built, measurer, data)
         if not self.config.training.preflight:
             self._tell_kernels(built)
@@ -196,11 +210,17 @@ class _Session:
         before = self.record.content.get("inputs")
         if before is not None and (changed := changed_inputs(before, inputs)):
             raise FtlabError(
-                f"the {' and the '.join(changed)} changed since this run began in {self.run_dir}; restore what it was, "
-                "give another run_dir, or resume=never to set that run aside"
+                f"the {' and the '.join(changed)} changed since this run began in {self.run_dir}; "
+                f"{self._ways_out('restore what it was')}"
             )
         self.record.update(inputs=inputs)
         return inputs
+
+    def _ways_out(self, *first: str) -> str:
+        """What to do where the folder is not this run's. What this run itself reads there cannot be set aside."""
+        ways = [*first, "give another run_dir"]
+        ways += ["resume=never to set that run aside"] if self.needed is None else []
+        return ", or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))
 
     def open_folder(self) -> bool:
         """Settle that this folder is this run's, and note what is known before any work.
@@ -209,9 +229,15 @@ class _Session:
 
         Raises:
             FtlabError: it holds a run with another configuration, which is left untouched.
+            ConfigError: with resume=never it holds something that this run is to read.
         """
         record, config = self.record, self.config
         if record.content and config.resume == "never":
+            if self.needed is not None:
+                raise ConfigError(
+                    f"{self.needed}: that stands in {self.run_dir}, which resume=never would move away; give another "
+                    "run_dir"
+                )
             if self.ranks.is_main:
                 self.progress.message(f"the earlier run was moved to {set_aside(self.run_dir)}")
             record.content = {}
@@ -219,14 +245,12 @@ class _Session:
         other = record.content.get("config_hash")
         if other not in (None, self.hash):
             changed = ", ".join(differences(record.content.get("config", {}), self.settled)[:5])
-            raise FtlabError(
-                f"{self.run_dir} holds a run with another configuration ({changed}); give another run_dir, or "
-                "resume=never to set that run aside"
-            )
+            raise FtlabError(f"{self.run_dir} holds a run with another configuration ({changed}); {self._ways_out()}")
         if config.resume == "auto" and record.status == "finished":
             tokenizer = build.build_tokenizer(config)
             self._same_inputs(build.build_data(config, tokenizer), tokenizer)
-            self.progress.message(f"already finished: {self.run_dir}/report.html (resume=never runs it anew)")
+            anew = " (resume=never runs it anew)" if self.needed is None else ""
+            self.progress.message(f"already finished: {self.run_dir}/report.html{anew}")
             self.progress.close()
             return False
         self.opened = True
@@ -516,7 +540,9 @@ class _Session:
     def _write_end(self, status: str, why: str) -> None:
         peaks = self.ranks.gather(peak_rss_bytes()) if status == "finished" else [peak_rss_bytes()]
         self.record.try_update(
-            memory={"peak_rss": max(peaks), "peak_device": peak_device_bytes(self.ranks.device)}, reason=why
+            memory={"peak_rss": max(peaks), "peak_device": peak_device_bytes(self.ranks.device)},
+            reason=why,
+            again=self.again,
         )
         trouble = [self.record.end(status)]
         if self.tracker is not None:
@@ -531,7 +557,7 @@ class _Session:
         if status == "finished":
             self.progress.summary(self.record.content)
         elif status == "interrupted":
-            self.progress.message(f"{why}; the same command goes on from the newest checkpoint")
+            self.progress.message(f"{why}; {self.again} goes on from what is saved")
         try:
             self.progress.message(f"report: {write_report(self.run_dir)}")
         except (OSError, FtlabError) as problem:

@@ -204,7 +204,8 @@ def _notes(run: RunFolder) -> list[str]:
         case "failed":
             notes.append(f"The run failed after step {step}{reason}.")
         case "interrupted":
-            notes.append(f"The run was interrupted after step {step}{reason}. The same command goes on from there.")
+            again = str(record.get("again", "the same command"))
+            notes.append(f"The run was interrupted after step {step}{reason}. {again[0].upper()}{again[1:]} goes on.")
         case "running":
             notes.append(f"The run is still going on, or was killed after step {step}.")
     notes += run.problems

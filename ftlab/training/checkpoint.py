@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ftlab.errors import FtlabError
-from ftlab.files import atomic_directory, sha256_file
+from ftlab.files import atomic_directory, clean_leftovers, sha256_file
 
 __all__ = ["Checkpoints", "read_checkpoint"]
 
@@ -56,19 +56,7 @@ class Checkpoints:
         self._tell = tell
         if main:
             directory.mkdir(parents=True, exist_ok=True)
-            self._clean()
-
-    def _clean(self) -> None:
-        """Remove or restore what a killed process left behind."""
-        directory = self.directory
-        for leftover in directory.glob(".*.tmp-*"):  # a save that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        for moved in directory.glob(".*.old-*"):  # a replacement that was killed, perhaps between its two renames
-            name = moved.name[1:].rsplit(".old-", 1)[0]
-            if (directory / name).exists():
-                shutil.rmtree(moved, ignore_errors=True)
-            else:
-                moved.rename(directory / name)
+            clean_leftovers(directory)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, newest first."""

@@ -22,6 +22,14 @@ from ftlab.training.precision import Precision
 __all__ = ["Counters", "TrainState", "capture_rng", "changed_inputs", "restore_rng", "seed_rng"]
 
 
+# What the penalties remember is made of; those of `regularizer.extra` know it themselves.
+_HELD_TO = {
+    "l2_sp": "the weights that training begins with",
+    "l1_sp": "the weights that training begins with",
+    "ewc": "fisher.safetensors in a run of regularizer.ewc.source",
+}
+
+
 @dataclass
 class Counters:
     """The plain numbers of a run. Nothing here is a float that depends on the clock."""
@@ -149,10 +157,12 @@ class TrainState:
                 f"the {' and the '.join(changed)} changed since the checkpoint was made; restore what it was, or start "
                 "anew with resume=never"
             )
-        if saved["penalties"] != self.penalty_fingerprints:
+        for name in changed_inputs(saved["penalties"], self.penalty_fingerprints):
+            then, now = saved["penalties"].get(name), self.penalty_fingerprints.get(name)
             raise FtlabError(
-                "the pretrained weights that the penalty is anchored to differ from those of the interrupted run "
-                f"({saved['penalties']} then, {self.penalty_fingerprints} now); restore that model file"
+                f"the penalty {name} holds to something else than in the interrupted run ({then} then, {now} now): "
+                f"{_HELD_TO.get(name, 'what it is made of')} changed; restore what it was, or start anew with "
+                "resume=never"
             )
         self.load_weights(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])

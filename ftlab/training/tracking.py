@@ -93,7 +93,8 @@ class Tracker:
             this start's token as its last arguments.
 
     Raises:
-        FtlabError: metrics.jsonl cannot be written. Trouble with the mirror never raises; see `mirror_status`.
+        FtlabError: metrics.jsonl cannot be opened; later an OSError, if it cannot be written. Trouble with the mirror
+            never raises; see `mirror_status`.
     """
 
     def __init__(
@@ -194,11 +195,11 @@ class Tracker:
             self._file.write(text)
             self._file.flush()
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self._named(error) from None
 
-    def _refusal(self, error: OSError) -> FtlabError:
-        path = self._run_dir / MirrorFiles.metrics
-        return FtlabError(f"{path} cannot be written: {error.strerror}; free the disk and start the same command again")
+    def _named(self, error: OSError) -> OSError:
+        """The error with the file's name, which one of writing or flushing does not have."""
+        return OSError(error.errno, error.strerror, str(self._run_dir / MirrorFiles.metrics))
 
     def sync(self) -> None:
         """Bring the lines so far to the disk, so that they are there if a checkpoint of this step is."""
@@ -207,7 +208,7 @@ class Tracker:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self._named(error) from None
 
     def finish(self, status: str) -> None:
         """Close the file, tell the mirror, and wait for it, but never longer than `FINISH_SECONDS`."""

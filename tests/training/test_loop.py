@@ -182,7 +182,7 @@ def test_other_anchors_are_refused_on_resume(tmp_path: Path) -> None:
     assert saved is not None
     other, _ = lora_fit(tmp_path / "other")
     other.penalty_fingerprints = {"l2_sp": "abc"}
-    with pytest.raises(FtlabError, match="anchored"):
+    with pytest.raises(FtlabError, match="the penalty l2_sp holds to something else"):
         other.load_state_dict(saved, 0, 1)
 
 
