@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from ftlab.methods.lora import quantised_rows
 from ftlab.methods.trainable import ParameterRow
 from ftlab.models.activation_cache import ActivationCache
 from ftlab.models.bert import is_bert
-from ftlab.models.heads import AnyModel, Classifier, head_in
+from ftlab.models.heads import AnyModel, Classifier, head_in, head_parameters
 from ftlab.models.labels import LabelSet
 from ftlab.models.llama import LlamaConfig, LlamaForCausalLM
 from ftlab.models.loading import load_model, random_llama
@@ -118,6 +120,28 @@ class Built:
     climb: Climb | None  # where the step's gradient is taken, if not where the weights stand
     kernels: str  # a line that says who computes between the matrix products
     notes: tuple[str, ...] = ()  # what the user should know of the objects as built
+    first_head: dict[str, torch.Tensor] = field(default_factory=dict)  # what it was before an adapter's
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Before the first step: inside the context the model is the pretrained one, as `open_run` makes it."""
+        if not self.method.keeps_base:
+            yield  # a whole model has not moved yet
+            return
+        head = head_parameters(self.model) if self.first_head else {}
+        begun = {name: parameter.detach().clone() for name, parameter in head.items()}
+        with self.method.disabled(self.model):
+            _fill(head, self.first_head)
+            try:
+                yield
+            finally:
+                _fill(head, begun)
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 @without_collector()
@@ -232,11 +256,13 @@ def _kept(records: list[Record], examples: list[Example]) -> list[Record]:
 def build_training(config: Config, model: AnyModel, method: Method, precision: Precision) -> Built:
     """Method, dtypes, penalties and optimizer around a base model."""
     table = method.apply(model)
+    precision.store(model)  # before an adapter is read, whose head would be rounded to the dtype of a frozen base
+    first_head = {}
     if (start := _start_from(config)) is not None:
+        first_head = {name: parameter.detach().clone() for name, parameter in head_parameters(model).items()}
         method.load(model, start)
         if isinstance(model, Classifier):
             model.new_head = False  # the adapter brought it
-    precision.store(model)
     operators, kernels = select(config.kernels, precision.device, compiled=config.training.compile)
     model.use(operators)
     model.checkpoint_blocks = config.training.activation_checkpointing
@@ -254,7 +280,9 @@ def build_training(config: Config, model: AnyModel, method: Method, precision: P
     objective = _objective(config, model, cache)
     climb = _climb(config)
     notes = tuple(line for penalty in penalties if isinstance(penalty, EWC) for line in penalty.left_out)
-    return Built(model, method, rows, precision, penalties, optimizer, cache, objective, climb, kernels, notes)
+    return Built(
+        model, method, rows, precision, penalties, optimizer, cache, objective, climb, kernels, notes, first_head
+    )
 
 
 def build_hooks(config: Config, built: Built, total_steps: int) -> list[Hook]:

@@ -21,7 +21,7 @@ from ftlab.models.tokenizer import Tokenizer
 from ftlab.operators import select
 from ftlab.startup import settle_math
 from ftlab.training.parallel import Ranks
-from ftlab.training.precision import Precision
+from ftlab.training.precision import Precision, readable
 from ftlab.training.state import changed_inputs
 
 __all__ = ["OpenRun", "open_run", "read_config"]
@@ -114,8 +114,10 @@ def open_run(
     tokenizer = build.build_tokenizer(config)
     labels = LabelSet.from_dict(record["labels"]) if record.get("labels") else None
     # A whole model is stored like weights that trained themselves, and so is the base that it is compared with.
-    held = config if whole is None else replace(config, method=FullConfig())
+    read_in = readable(config.precision, ranks.device)
+    held = replace(config, precision=read_in, method=config.method if whole is None else FullConfig())
     model, method = build.build_base(held, tokenizer, ranks, labels)
+    precision = Precision(read_in, ranks.device)
     if base:
         model.requires_grad_(False)
         if not method.keeps_base:
@@ -128,14 +130,15 @@ def open_run(
         quantize = method.config.quantize if isinstance(method, LoRA) else None
         method = LoRA(replace(config_of(adapter, model), quantize=quantize))
         method.apply(model)
+        precision.store(model)  # a head that trained in fp32 is read in fp32
         method.load(model, adapter)
     else:
         folder = whole or build.export_folder(run_dir, method)
         if not folder.exists():
             raise FtlabError(f"{run_dir} has no {folder.name}/: the run is {record.get('status')}; finish it first")
         method.apply(model)
+        precision.store(model)
         method.load(model, folder)
-    precision = Precision(config.precision, ranks.device)
     if ranks.is_main and precision.dtypes != (then := record.get("dtypes", precision.dtypes)):
         now = " and ".join(precision.dtypes)
         print(f"{run_dir}: products and frozen weights were {' and '.join(then)}, here they are {now}", file=sys.stderr)

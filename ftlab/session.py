@@ -333,11 +333,10 @@ class _Session:
             atomic_write(self.run_dir / "predictions" / f"{who}.jsonl", "\n".join(lines) + "\n")
 
     def _baseline(self, measurer: Measures, data: build.DataSet, built: build.Built) -> None:
-        """The untouched model: what the method adds is left out, and a whole model has not moved yet."""
+        """Score the untouched model."""
         wanted = self.config.evaluation.baseline and self.config.evaluation.test and data.test
         if wanted and "base" not in self.record.content.get("scores", {}):
-            untouched = built.method.disabled(built.model) if built.method.keeps_base else contextlib.nullcontext()
-            with untouched:
+            with built.untouched():
                 self._test(measurer, data, built, "base")
 
     def _find_checkpoint(self) -> dict[str, Any] | None:

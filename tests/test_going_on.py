@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ftlab import evaluate, export, fisher, soup, train
 from ftlab.losses.fisher import FILE, read_fisher
+from ftlab.models.heads import head_parameters
+from ftlab.open_run import open_run
 
 TINY = ["data=topics", "tracking=disabled", "data.test_fraction=0.3", "evaluation.times=1", "training.preflight=false"]
 TINY += ["training.max_steps=3", "optimizer.lr=1e-2", "parallel.threads=1", "evaluation.bootstrap=100"]
@@ -125,6 +127,54 @@ def test_a_finished_run_needs_its_first_adapter_no_more(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["scores"]["after"] == record["scores"]["final"]
     assert export.main([f"run={second}", f"out={tmp_path / 'exported'}"]) == 0
     assert soup.main([f"runs=[{second}]", "alpha=0.5", f"out={tmp_path / 'half'}"]) == 0
+
+
+@pytest.mark.parametrize("model", ["decoder", "encoder", "encoder in bf16", "the head of model.location"])
+def test_the_baseline_of_a_classifier_is_the_untouched_model_and_not_the_first_adapters_head(
+    model: str, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {
+        "decoder": DECODER,
+        "encoder": ["model=tiny_bert_random", "method=lora_bert"],
+        "encoder in bf16": ["model=tiny_bert_random", "method=lora_bert", "precision=bf16"],
+        "the head of model.location": [*from_folder(first / "model"), "method=lora_bert"],
+    }[model]
+    monkeypatch.setenv("FTLAB_BF16", "always")
+    before = trained(tmp_path / "adapter", *words, "training.max_steps=6", "evaluation.times=2")
+    words += [f"method.start_from={tmp_path / 'adapter' / 'adapter'}"]
+    record = trained(tmp_path / "run", *words, "optimizer.lr=0", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
+    out = tmp_path / "scores.json"
+    assert evaluate.main([f"run={tmp_path / 'run'}", "base=also", f"out={out}"]) == 0
+    scores = json.loads(out.read_text())["scores"]
+    assert record["scores"]["base"] == scores["before"] == before["scores"]["base"]
+    assert record["scores"]["final"] == scores["after"] == before["scores"]["final"], "the rate is 0"
+    assert record["scores"]["base"] != record["scores"]["final"]
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "adapter")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()), "its head is back after it"
+    opened = open_run(tmp_path / "run", base=False).model
+    head = {f"base_model.model.{name}": parameter for name, parameter in head_parameters(opened).items()}
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in head.items()), "in bf16 too"
+    resumed = f"resume={tmp_path / 'run/checkpoints/step-00000001'}"
+    again = trained(tmp_path / "again", *words, "optimizer.lr=0", "checkpoint.every_steps=1", resumed)
+    assert again["scores"] == record["scores"]
+
+
+def test_another_fisher_information_is_named_where_a_run_goes_on(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(first, source)
+    words = [*from_folder(source / "model"), "method=full", "evaluation.test=false", "checkpoint.every_steps=1"]
+    words += [f"regularizer.ewc.source=[{source}]", "regularizer.ewc.strength=1", "regularizer.l2_sp.strength=1"]
+    trained(tmp_path / "run", *words)
+    assert fisher.main([f"run={source}", "examples=3"]) == 0
+    resumed = [f"resume={tmp_path / 'run/checkpoints/step-00000003'}", f"run_dir={tmp_path / 'other'}"]
+    capsys.readouterr()
+    assert train.main([*TINY, *words, *resumed]) == 1
+    said = capsys.readouterr().err
+    assert "the penalty ewc holds to something else than in the interrupted run (" in said
+    assert "fisher.safetensors in a run of regularizer.ewc.source changed; restore what it was" in said
+    assert "l2_sp" not in said
 
 
 def test_a_classifier_is_no_language_model(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ftlab.config import PrecisionConfig
 from ftlab.errors import ConfigError
 
-__all__ = ["Precision", "carried_out", "dtype_of", "keeps_bf16"]
+__all__ = ["Precision", "carried_out", "dtype_of", "keeps_bf16", "readable"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +46,12 @@ def carried_out(config: PrecisionConfig, device: torch.device) -> PrecisionConfi
     """
     narrow = "bf16" in (config.compute, config.frozen)
     return replace(config, compute="fp32", frozen="fp32") if narrow and not keeps_bf16(device) else config
+
+
+def readable(config: PrecisionConfig, device: torch.device) -> PrecisionConfig:
+    """The settings that a run is read with after training: on a CPU fp32 in place of fp16, which is slow there."""
+    half = "fp16" in (config.compute, config.frozen)
+    return replace(config, compute="fp32", frozen="fp32") if half and device.type == "cpu" else config
 
 
 class Precision:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ftlab import evaluate
+from ftlab import combine, evaluate, export, fisher, generate, soup
 from ftlab.compose import compose
 from ftlab.config import PrecisionConfig
-from ftlab.errors import FtlabError
+from ftlab.errors import ConfigError, FtlabError
 from ftlab.session import train
 from ftlab.training.parallel import Ranks
 from ftlab.training.precision import Precision, keeps_bf16
@@ -110,3 +113,65 @@ def test_processes_on_unlike_processors_are_refused(
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, ["bf16", "bf16"]])
     with pytest.raises(FtlabError, match="some processes have a processor that computes in bf16"):
         train(*compose(["+experiment=full_tiny", "tracking=disabled", "precision=bf16", f"run_dir={tmp_path}"]))
+
+
+HALF = ["+experiment=full_tiny", "tracking=disabled", "training.max_steps=2", "evaluation=loss_only", "precision=fp16"]
+HALF += ["precision.init_scale=16"]
+
+
+@pytest.fixture(scope="module")
+def in_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs in half precision, `lora` and `full`, which a GPU would have trained."""
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ftlab.session.Precision", functools.partial(Precision, allow_cpu_fp16=True))
+        for method in ("lora", "full"):
+            assert train(*compose([*HALF, f"method={method}", f"run_dir={folder / method}"])) == 0
+    assert json.loads((folder / "lora/run.json").read_text("utf-8"))["dtypes"] == ["fp16", "fp16"]
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (evaluate.main, ["run={run}", "base=also", "out={out}.json", "device=cpu"]),
+        (generate.main, ["run={run}", "max_new_tokens=2", "device=cpu", "What?"]),
+        (export.main, ["run={run}", "out={out}"]),
+        (fisher.main, ["run={run}", "examples=2", "device=cpu"]),
+        (soup.main, ["runs=[{run}]", "alpha=0.5", "out={out}", "device=cpu"]),
+    ],
+    ids=["evaluate", "generate", "export", "fisher", "soup"],
+)
+def test_a_run_in_fp16_is_read_on_a_cpu(
+    command: Callable[[list[str]], int],
+    words: list[str],
+    method: str,
+    in_fp16: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = in_fp16 / method
+    assert command([word.format(run=run, out=tmp_path / "out") for word in words]) == 0
+    assert "frozen weights were fp16 and fp16, here they are fp32 and fp32" in capsys.readouterr().err
+    if command is evaluate.main:
+        scores = json.loads((tmp_path / "out.json").read_text("utf-8"))["scores"]
+        then = json.loads((run / "run.json").read_text("utf-8"))["scores"]
+        for now, before in (("before", "base"), ("after", "final")):
+            assert scores[now]["loss"]["value"] == pytest.approx(then[before]["loss"]["value"], rel=1e-2)
+
+
+def test_adapters_of_fp16_are_combined_on_a_cpu(
+    in_fp16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = in_fp16 / "lora"
+    shutil.copytree(run / "adapter", tmp_path / "other")
+    assert combine.main([f"adapters=[{run},{tmp_path / 'other'}]", f"run={run}", f"out={tmp_path / 'sum'}"]) == 0
+    said = capsys.readouterr()
+    assert "here they are fp32 and fp32" in said.err
+    assert said.out.count("validation loss") == 4
+
+
+def test_training_in_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"precision\.compute=fp16 on a CPU"):
+        Precision(PrecisionConfig(compute="fp16", frozen="fp16"), CPU)
