@@ -141,7 +141,7 @@ def test_the_baseline_of_a_classifier_is_the_untouched_model_and_not_the_first_a
     }[model]
     monkeypatch.setenv("FTLAB_BF16", "always")
     before = trained(tmp_path / "adapter", *words, "training.max_steps=6", "evaluation.times=2")
-    words += [f"method.start_from={tmp_path / 'adapter' / 'adapter'}"]
+    words = [*words, f"method.start_from={tmp_path / 'adapter' / 'adapter'}"]
     record = trained(tmp_path / "run", *words, "optimizer.lr=0", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
     out = tmp_path / "scores.json"
     assert evaluate.main([f"run={tmp_path / 'run'}", "base=also", f"out={out}"]) == 0
